@@ -1,0 +1,33 @@
+"""Torch references of the head (spec model.md 2.2 hc_head, 2.0)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds4.kernels.common import rms_norm
+from ds4.kernels.mhc.ref import hc_collapse, hc_mix
+from ds4.kernels.numerics import Numerics
+from ds4.kernels.proj.ref import Rows, matmul_rows
+from ds4.weights.dense_cache import Weight, dense
+
+
+def hc_head(
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    hc_eps: float,
+    norm_eps: float,
+    numerics: Numerics,
+    rows: Rows = None,
+) -> Tensor:
+    """Weighted sum of the streams f32 ``[n, m, d]`` -> ``[n, d]``: ``sigmoid(mix * scale + base) + hc_eps``, no Sinkhorn."""
+    weights = torch.sigmoid(hc_mix(streams, fn, norm_eps, rows) * scale + base) + hc_eps
+    return numerics.rd(hc_collapse(streams, weights))
+
+
+def head(x: Tensor, norm: Tensor, weight: Weight, *, norm_eps: float, numerics: Numerics, rows: Rows = None) -> Tensor:
+    """Logits f32 ``[n, vocab]`` of collapsed hidden x f32 ``[n, d]``; the product is FP32 always."""
+    return matmul_rows(numerics.rd(rms_norm(x, norm, norm_eps)), dense(weight), rows)

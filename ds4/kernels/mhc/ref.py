@@ -1,0 +1,81 @@
+"""Torch references of the mHC operations (spec model.md 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds4.kernels.common import rms_norm
+from ds4.kernels.numerics import Numerics
+from ds4.kernels.proj.ref import Rows, matmul_rows
+
+
+def hc_mix(streams: Tensor, fn: Tensor, norm_eps: float, rows: Rows = None) -> Tensor:
+    """Mixing logits: ``(flat(streams) @ fn^T) * rsqrt(mean(flat^2) + norm_eps)``.
+
+    streams f32 ``[n, hc_mult, d]``, fn f32 ``[n_mix, hc_mult * d]`` -> f32 ``[n, n_mix]``.
+    """
+    flat = streams.flatten(1)
+    inv = torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    return matmul_rows(flat, fn, rows) * inv
+
+
+def hc_sinkhorn(
+    mix: Tensor, scale: Tensor, base: Tensor, hc_mult: int, iters: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split mixing logits into pre ``[n, m]``, post ``[n, m]`` and the doubly stochastic comb ``[n, m, m]``.
+
+    ``comb[j, k]``: j is the source stream (the softmax row, summed over later), k the destination. ``iters`` counts the
+    softmax with its column pass as the first round; it ends on columns.
+    """
+    m = hc_mult
+    pre = torch.sigmoid(mix[:, :m] * scale[0] + base[:m]) + eps
+    post = 2 * torch.sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m])
+    comb = (mix[:, 2 * m :] * scale[2] + base[2 * m :]).unflatten(1, (m, m)).softmax(-1) + eps
+    comb = comb / (comb.sum(1, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        comb = comb / (comb.sum(2, keepdim=True) + eps)
+        comb = comb / (comb.sum(1, keepdim=True) + eps)
+    return pre, post, comb
+
+
+def hc_expand(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """``out[k] = post[k] * y + sum_j comb[j, k] * streams[j]`` (hc_post): f32 ``[n, m, d]``."""
+    return torch.baddbmm(post.unsqueeze(-1) * y.unsqueeze(1), comb.transpose(1, 2), streams)
+
+
+def hc_collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    """``sum_n pre[n] * streams[n]``: f32 ``[n, m, d]``, ``[n, m]`` -> ``[n, d]``."""
+    return torch.bmm(pre.unsqueeze(1), streams).squeeze(1)
+
+
+def mhc_boundary(
+    y: Tensor | None,
+    streams: Tensor,
+    post: Tensor | None,
+    comb: Tensor | None,
+    *,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm: Tensor,
+    sinkhorn_iters: int,
+    hc_eps: float,
+    norm_eps: float,
+    numerics: Numerics,
+    rows: Rows = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything between two sublayers: finish the previous one, mix, collapse, norm.
+
+    y f32 ``[n, d]`` output of the previous sublayer with its ``post`` ``[n, m]`` and ``comb`` ``[n, m, m]``, or None at the
+    first boundary; streams f32 ``[n, m, d]``; fn f32 ``[(2 + m) m, m d]``; norm f32 ``[d]``.
+    Returns (streams, x, post, comb): the new streams and the normed input ``x`` ``[n, d]`` of the next sublayer.
+    """
+    if y is not None:
+        assert post is not None
+        assert comb is not None
+        streams = numerics.rd(hc_expand(y, streams, post, comb))
+    mix = hc_mix(streams, fn, norm_eps, rows)
+    pre, post, comb = hc_sinkhorn(mix, scale, base, streams.shape[1], sinkhorn_iters, hc_eps)
+    x = numerics.rd(hc_collapse(streams, pre))
+    return streams, numerics.rd(rms_norm(x, norm, norm_eps)), post, comb

@@ -1,0 +1,5 @@
+"""Projections of activations by a packed weight."""
+
+from ds4.kernels.proj.ref import Rows, dense, matmul_rows, proj, proj_grouped, proj_in
+
+__all__ = ["Rows", "dense", "matmul_rows", "proj", "proj_grouped", "proj_in"]

@@ -1,0 +1,82 @@
+"""The state of one session: per layer a window ring, compressed rows, indexer keys and compressor rings.
+
+Everything is addressed by absolute position (position p in slot ``p % slots``, entry e in row e); nothing shifts and
+nothing is cleared. Undoing tokens therefore means a smaller position and nothing else (design.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds4.config import ModelConfig
+from ds4.kv.spec import MAX_DRAFT, LayerSpec, RowFormats, layer_spec
+
+
+class LayerCache:
+    """State of one layer. Tensors that the layer's kind does not have are None.
+
+    ring u8 ``[window + max_draft, row_bytes]``; pool u8 ``[ctx / ratio, row_bytes]``; keys u8 ``[ctx / 4, key_bytes]``;
+    state / key_state f32 ``[slots, 2, width]``: the compressors' raw (kv, score + ape) per token.
+    """
+
+    def __init__(self, spec: LayerSpec, formats: RowFormats, ctx: int) -> None:
+        self.spec = spec
+        self.formats = formats
+        self.ring = torch.zeros(spec.ring_slots, formats.row.row_bytes, dtype=torch.uint8)
+        self.pool: Tensor | None = None
+        self.state: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.key_state: Tensor | None = None
+        if spec.ratio:
+            n_entries = ctx // spec.ratio
+            # Not cleared: entries are read only once they are written, and pages are not touched before that.
+            self.pool = torch.empty(n_entries, formats.row.row_bytes, dtype=torch.uint8)
+            self.state = torch.zeros(spec.state_slots, 2, spec.state_width)
+            if spec.has_index:
+                self.keys = torch.empty(n_entries, formats.key.row_bytes, dtype=torch.uint8)
+                self.key_state = torch.zeros(spec.state_slots, 2, spec.key_state_width)
+
+    def live(self, position: int, window: int) -> dict[str, Tensor]:
+        """What the next token can see when ``position`` tokens have been processed, in order of position.
+
+        Two sessions whose live state is equal byte for byte continue identically; stale slots are not part of it.
+        """
+        spec = self.spec
+        out = {"ring": _last(self.ring, position, min(position, window))}
+        if self.pool is not None and self.state is not None:
+            n_entries = position // spec.ratio
+            back = min(position, spec.state_slots - MAX_DRAFT)
+            out["pool"] = self.pool[:n_entries]
+            out["state"] = _last(self.state, position, back)
+            if self.keys is not None and self.key_state is not None:
+                out["keys"] = self.keys[:n_entries]
+                out["key_state"] = _last(self.key_state, position, back)
+        return out
+
+    def nbytes(self) -> int:
+        tensors = (self.ring, self.pool, self.state, self.keys, self.key_state)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _last(ring: Tensor, position: int, n: int) -> Tensor:
+    slots = torch.arange(position - n, position) % ring.shape[0]
+    return ring[slots]
+
+
+class KVCache:
+    """All layers' state for up to ``ctx`` tokens."""
+
+    def __init__(self, config: ModelConfig, formats: RowFormats, ctx: int, *, max_draft: int = MAX_DRAFT) -> None:
+        self.config = config
+        self.ctx = ctx
+        self.max_draft = max_draft
+        self.layers = [LayerCache(layer_spec(config, r, max_draft), formats, ctx) for r in config.compress_ratios]
+
+    def live(self, position: int) -> dict[str, Tensor]:
+        """Live state of every layer, keyed ``layers.N.<part>``; see :meth:`LayerCache.live`."""
+        window = self.config.sliding_window
+        return {f"layers.{i}.{k}": v for i, c in enumerate(self.layers) for k, v in c.live(position, window).items()}
+
+    def nbytes(self) -> int:
+        return sum(layer.nbytes() for layer in self.layers)

@@ -1,0 +1,83 @@
+"""One block: attention and experts between mHC boundaries (spec model.md 2.0)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ds4.config import ModelConfig
+from ds4.kernels.mhc import hc_expand, mhc_boundary
+from ds4.kv.cache import LayerCache
+from ds4.model.attention import Attention
+from ds4.model.context import Context
+from ds4.model.moe import MoE
+from ds4.model.params import Params, small
+
+
+class Residual(NamedTuple):
+    """Residual streams f32 ``[n, m, d]`` with the last sublayer's output not yet mixed in (resolved at the next boundary).
+
+    ``y`` f32 ``[n, d]``, ``post`` f32 ``[n, m]``, ``comb`` f32 ``[n, m, m]``; all None before the first sublayer.
+    """
+
+    streams: Tensor
+    y: Tensor | None = None
+    post: Tensor | None = None
+    comb: Tensor | None = None
+
+    def resolve(self, ctx: Context) -> Tensor:
+        """Streams with the pending output mixed in."""
+        if self.y is None or self.post is None or self.comb is None:
+            return self.streams
+        return ctx.numerics.rd(hc_expand(self.y, self.streams, self.post, self.comb))
+
+
+class Site:
+    """mHC parameters and norm in front of one sublayer."""
+
+    def __init__(self, config: ModelConfig, params: Params, prefix: str, name: str) -> None:
+        m, d = config.hc_mult, config.hidden_size
+        self.fn = small(params, f"{prefix}.hc_{name}_fn", ((2 + m) * m, m * d))
+        self.scale = small(params, f"{prefix}.hc_{name}_scale", (3,))
+        self.base = small(params, f"{prefix}.hc_{name}_base", ((2 + m) * m,))
+        self.norm = small(params, f"{prefix}.{name}_norm.weight", (d,))
+        self.iters, self.hc_eps, self.norm_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
+
+    def __call__(self, r: Residual, ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(streams, x, post, comb): the boundary in front of this site's sublayer."""
+        return mhc_boundary(
+            r.y,
+            r.streams,
+            r.post,
+            r.comb,
+            fn=self.fn,
+            scale=self.scale,
+            base=self.base,
+            norm=self.norm,
+            sinkhorn_iters=self.iters,
+            hc_eps=self.hc_eps,
+            norm_eps=self.norm_eps,
+            numerics=ctx.numerics,
+            rows=ctx.rows,
+        )
+
+
+class Block:
+    """Attention and experts of one layer; ``ratio`` 0 for sliding layers and draft blocks."""
+
+    def __init__(self, config: ModelConfig, params: Params, prefix: str, ratio: int, *, hash_routed: bool) -> None:
+        self.attn_site = Site(config, params, prefix, "attn")
+        self.ffn_site = Site(config, params, prefix, "ffn")
+        self.attn = Attention(config, params, f"{prefix}.attn", ratio)
+        self.moe = MoE(config, params, f"{prefix}.ffn", hash_routed=hash_routed)
+
+    def __call__(self, r: Residual, ctx: Context, cache: LayerCache | None) -> Residual:
+        streams, x, post, comb = self.attn_site(r, ctx)
+        if ctx.launch.decode:
+            assert cache is not None
+            y = self.attn.decode(x, ctx, cache)
+        else:
+            y = self.attn.prefill(x, ctx, cache)
+        streams, x, post, comb = self.ffn_site(Residual(streams, y, post, comb), ctx)
+        return Residual(streams, self.moe(x, ctx), post, comb)

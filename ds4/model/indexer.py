@@ -1,0 +1,75 @@
+"""Lightning indexer of a CSA layer: which compressed rows a token attends (spec model.md 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds4.config import ModelConfig
+from ds4.kernels.indexer import index_query, index_score, index_topk
+from ds4.kernels.proj import proj
+from ds4.kv.cache import LayerCache
+from ds4.model.compressor import Compressor
+from ds4.model.context import Context
+from ds4.model.params import Params
+
+
+class Indexer:
+    """Indexer queries, keys and selection."""
+
+    def __init__(self, config: ModelConfig, params: Params, prefix: str) -> None:
+        self.n_heads = config.index_n_heads
+        self.width = config.index_head_dim
+        self.top_k = config.index_topk
+        self.weight_scale = self.width**-0.5 * self.n_heads**-0.5
+        self.wq_b = params.expect(f"{prefix}.wq_b.weight", (self.n_heads * self.width, config.q_lora_rank))
+        self.weights_proj = params.expect(f"{prefix}.weights_proj.weight", (self.n_heads, config.hidden_size))
+        self.compressor = Compressor(config, params, f"{prefix}.compressor", 4, self.width, indexer=True)
+
+    def _query(self, qr: Tensor, ctx: Context) -> Tensor:
+        q = proj(qr, self.wq_b, ctx.numerics, ctx.rows).unflatten(1, (self.n_heads, self.width))
+        return index_query(q, ctx.cis_compressed, ctx.numerics)
+
+    def select_prefill(self, qr: Tensor, weights: Tensor, ctx: Context, cache: LayerCache | None, keys: Tensor) -> Tensor:
+        """Mask bool ``[n_rows, n_entries]`` over all entries up to the end of the tile.
+
+        qr f32 ``[n_rows, q_lora]``; weights f32 ``[n_rows, h]`` raw; keys f32 ``[n_rows / 4, width]`` of this tile.
+        """
+        launch = ctx.launch
+        n_visible = (launch.pos + 1) // 4
+        n_entries = (launch.tile_start + launch.n_rows) // 4
+        first, last = launch.start // 4, launch.end // 4
+        if cache is not None:
+            assert cache.keys is not None
+            local = slice(first - launch.tile_start // 4, last - launch.tile_start // 4)
+            cache.keys[first:last] = cache.formats.key.pack(keys[local])
+        if n_entries <= self.top_k:  # everything visible is chosen: no score is needed
+            return index_topk(torch.empty(launch.n_rows, n_entries), n_visible, self.top_k)
+        if cache is None:
+            all_keys = keys
+        else:
+            assert cache.keys is not None
+            all_keys = keys.new_zeros(n_entries, self.width)
+            all_keys[:last] = cache.formats.key.unpack(cache.keys[:last])
+        w = ctx.numerics.rd(weights * self.weight_scale)
+        scores = index_score(self._query(qr, ctx), all_keys, w, ctx.numerics)
+        return index_topk(scores, n_visible, self.top_k)
+
+    def select_decode(self, qr: Tensor, weights: Tensor, ctx: Context, cache: LayerCache) -> list[Tensor | None]:
+        """Per token the chosen entries, i64 ascending, or None where all visible ones are chosen."""
+        launch = ctx.launch
+        if launch.end // 4 <= self.top_k:
+            return [None] * launch.n_tok
+        assert cache.keys is not None
+        q = self._query(qr, ctx)
+        w = ctx.numerics.rd(weights * self.weight_scale)
+        keys = cache.formats.key.unpack(cache.keys[: launch.end // 4])
+        chosen: list[Tensor | None] = []
+        for i, row in enumerate(launch.rows):
+            n = (launch.start + i + 1) // 4
+            if n <= self.top_k:
+                chosen.append(None)
+                continue
+            scores = index_score(q[row : row + 1], keys[:n], w[row : row + 1], ctx.numerics)
+            chosen.append(index_topk(scores, torch.tensor([n]), self.top_k)[0].nonzero().squeeze(1))
+        return chosen

@@ -1,0 +1,130 @@
+"""The whole network: embedding, blocks, head; the decode form and the prefill form (spec model.md 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ds4.config import ModelConfig
+from ds4.kernels.head import hc_head, head
+from ds4.kernels.launch import PREFILL_ROWS, Launch
+from ds4.kernels.numerics import Numerics
+from ds4.kv.cache import KVCache
+from ds4.kv.spec import RowFormats
+from ds4.model.block import Block, Residual
+from ds4.model.context import Context, Rope, make_context
+from ds4.model.params import Params, small
+from ds4.weights.dense_cache import Weight
+from ds4.weights.tensor import PackedTensor
+
+
+class Transformer:
+    """DeepSeek-V4 trunk on CPU tensors."""
+
+    def __init__(self, config: ModelConfig, params: Params, numerics: Numerics) -> None:
+        m, d = config.hc_mult, config.hidden_size
+        self.config = config
+        self.numerics = numerics
+        self.rope = Rope(config)
+        self.embed = params.expect("embed.weight", (config.vocab_size, d))
+        self.blocks = [
+            Block(config, params, f"layers.{i}", ratio, hash_routed=i < config.num_hash_layers)
+            for i, ratio in enumerate(config.compress_ratios)
+        ]
+        self.hc_fn = small(params, "hc_head_fn", (m, m * d))
+        self.hc_scale = small(params, "hc_head_scale", (1,))
+        self.hc_base = small(params, "hc_head_base", (m,))
+        self.norm = small(params, "norm.weight", (d,))
+        self.head_weight = params.expect("head.weight", (config.vocab_size, d))
+
+    def formats(self) -> RowFormats:
+        """Row formats of the cache under this model's numerics."""
+        n = self.numerics
+        return RowFormats.of(self.config, kv_fp8=n.kv_fp8, kv_rope_bf16=n.kv_rope_bf16, index_fp4=n.index_fp4)
+
+    def new_cache(self, ctx: int) -> KVCache:
+        """Empty state for ``ctx`` tokens, with room for the whole last tile of a prefill."""
+        return KVCache(self.config, self.formats(), ctx)
+
+    def _context(self, launch: Launch, ids: Sequence[int]) -> Context:
+        row_ids = [0] * launch.n_rows
+        for row, token in zip(launch.rows, ids, strict=True):
+            row_ids[row] = token
+        return make_context(self.config, self.rope, self.numerics, launch, torch.tensor(row_ids))
+
+    def _streams(self, ctx: Context, cache: KVCache | None) -> Tensor:
+        """Final streams f32 ``[n_rows, m, d]`` of a launch."""
+        e = embedding_rows(self.embed, ctx.ids)
+        r = Residual(e.unsqueeze(1).repeat(1, self.config.hc_mult, 1))
+        for i, block in enumerate(self.blocks):
+            r = block(r, ctx, cache.layers[i] if cache is not None else None)
+        return r.resolve(ctx)
+
+    def logits(self, streams: Tensor, rows: tuple[int, ...] | None) -> Tensor:
+        """f32 ``[n_rows, m, d]`` -> f32 ``[n_rows, vocab]``; with ``rows`` only those rows are computed."""
+        c = self.config
+        x = hc_head(
+            streams,
+            self.hc_fn,
+            self.hc_scale,
+            self.hc_base,
+            hc_eps=c.hc_eps,
+            norm_eps=c.rms_norm_eps,
+            numerics=self.numerics,
+            rows=rows,
+        )
+        return head(x, self.norm, self.head_weight, norm_eps=c.rms_norm_eps, numerics=self.numerics, rows=rows)
+
+    def decode(self, ids: Sequence[int], start: int, cache: KVCache) -> Tensor:
+        """Decode form: 1..8 tokens at positions ``start ..`` -> logits f32 ``[n_tok, vocab]``."""
+        launch = Launch.decode_step(start, len(ids))
+        streams = self._streams(self._context(launch, ids), cache)
+        return self.logits(streams, launch.rows)[list(launch.rows)]
+
+    def prefill(
+        self,
+        ids: Sequence[int],
+        start: int,
+        cache: KVCache,
+        *,
+        all_logits: bool = False,
+        on_tile: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Prefill form, tile by tile: logits f32 ``[vocab]`` of the last token, or ``[n_tok, vocab]`` of all.
+
+        ``on_tile(n_done)`` is called after every tile. The last token's logits do not depend on the chunking.
+        """
+        done, outs = 0, []
+        while done < len(ids):
+            p = start + done
+            n = min(len(ids) - done, PREFILL_ROWS - p % PREFILL_ROWS)
+            launch = Launch.prefill_tile(p, n)
+            streams = self._streams(self._context(launch, ids[done : done + n]), cache)
+            done += n
+            if all_logits:
+                outs.append(self.logits(streams, None)[launch.row_slice])
+            elif done == len(ids):
+                return self.logits(streams, launch.rows[-1:])[launch.rows[-1]]
+            if on_tile is not None:
+                on_tile(done)
+        return torch.cat(outs)
+
+    def forward_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Differentiable forward of one whole text without a cache: i64 ``[n]`` -> (logits ``[n, vocab]``, streams).
+
+        ``n`` must be a multiple of every compress ratio; used for training with ``numerics="exact"``.
+        """
+        launch = Launch.prefill_tile(0, ids.shape[0], n_rows=ids.shape[0])
+        ctx = make_context(self.config, self.rope, self.numerics, launch, ids)
+        streams = self._streams(ctx, None)
+        return self.logits(streams, None), streams
+
+
+def embedding_rows(w: Weight, ids: Tensor) -> Tensor:
+    """Rows ``ids`` i64 ``[n]`` of an embedding as f32 ``[n, d]``; a packed table is read only where needed."""
+    if isinstance(w, PackedTensor):
+        return replace(w, data=w.data[ids], shape=(ids.shape[0], w.shape[1])).dequantize()
+    return w[ids]
