@@ -9,7 +9,8 @@ two single-threaded workers are faster than one with two threads. From ``--qat-f
 the formats they are shipped in (experts NVFP4, matrices Q8_0), gradients passing straight through.
 
 The MTP block is trained with the trunk from ``--mtp-from`` on: the pair (streams at p, token p + 1) sits at position p
-and predicts token p + 2 (spec model.md 7.1); its loss counts 0.3 and does reach the trunk.
+and predicts token p + 2 (spec model.md 7.1); its loss counts 0.3 and does reach the trunk. The block shares the trunk's
+embedding, head and final stream collapse.
 """
 
 from __future__ import annotations
@@ -137,7 +138,6 @@ def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         block(f"layers.{i}", ratio, i < c.num_hash_layers)
     hc_head("")
     block("mtp.0", 0, False)
-    hc_head("mtp.0.")
     out.update({"mtp.0.e_proj.weight": (d, d), "mtp.0.h_proj.weight": (d, d)})
     out.update({f"mtp.0.{n}.weight": (d,) for n in ("enorm", "hnorm", "norm")})
     return out
@@ -236,6 +236,8 @@ class Trainer:
         tensors = dict(self.fixed)
         for name, w in self.params.items():
             tensors[name] = through_format(w, name) if quantised else w
+        # One file for trunk and MTP block has one stream collapse (llama.cpp reads it so): the block shares the trunk's.
+        tensors |= {f"mtp.0.hc_head_{part}": tensors[f"hc_head_{part}"] for part in ("fn", "scale", "base")}
         params = TensorParams(tensors)
         # Few Sinkhorn rounds are close to twenty and much cheaper under autograd; the last part trains the real number.
         rounds = self.config.hc_sinkhorn_iters if quantised else 6
