@@ -386,7 +386,7 @@ def main() -> None:
     p.add_argument("--work", type=Path, default=Path("train"), help="folder of the checkpoint (default: train)")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
     p.add_argument("--export-only", action="store_true", help="write --out from the checkpoint without training")
-    p.add_argument("--steps", type=int, default=1300)
+    p.add_argument("--steps", type=int, default=800)
     p.add_argument("--batch", type=int, default=8, help="texts of --seq tokens a step, all workers together")
     p.add_argument("--seq", type=int, default=256)
     p.add_argument("--layers", type=int, default=3)

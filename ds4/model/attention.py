@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds4.config import ModelConfig
@@ -100,7 +99,8 @@ class Attention:
         assert ctx.window_mask is not None
         qr, q, kv, raw = self._project(x, ctx)
         keys = [self._window_rows(kv, ctx, cache)]
-        masks = [ctx.window_mask]
+        # Without a cache nothing lies before the text, and the part of the mask in front of it is left out too.
+        masks = [ctx.window_mask if cache is not None else ctx.window_mask[:, self.window :]]
         if self.compressor is not None:
             index_weights = None
             if self.indexer is not None:
@@ -117,9 +117,12 @@ class Attention:
         return self._output(attn_prefill(q, torch.cat(keys), self.sink, torch.cat(masks, dim=1), ctx.numerics), ctx)
 
     def _window_rows(self, kv: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
-        """Rows of positions ``tile_start - window ..`` to the end of the tile; zeros where there is none (yet)."""
+        """Rows of positions ``tile_start - window ..`` to the end of the tile; zeros where there is none (yet).
+
+        Without a cache: the text's own rows.
+        """
         if cache is None:
-            return F.pad(kv, (0, 0, self.window, 0))
+            return kv
         launch, row_format = ctx.launch, cache.formats.row
         rows = kv.new_zeros(self.window + launch.n_rows, self.width)
         offset = self.window - launch.tile_start

@@ -50,21 +50,22 @@ def _moe_prefill(
 ) -> Tensor:
     n, d = x.shape
     top_k = ids.shape[1]
-    # slot_out[t, s] keeps the slots apart so that each token sums them in the order of selection.
-    slot_out = x.new_zeros(n * top_k, d)
     flat = torch.arange(n * top_k).view(n, top_k)[live].reshape(-1)
-    chosen = ids.reshape(-1)[flat]
-    by_expert, order = chosen.sort(stable=True)
+    by_expert, order = ids.reshape(-1)[flat].sort(stable=True)
     counts = torch.bincount(by_expert, minlength=len(experts)).tolist()
-    pairs = flat[order].split(counts)
+    sorted_pairs = flat[order]
     flat_weights = weights.reshape(-1, 1)
-    for expert, pair in zip(experts, pairs, strict=True):
+    outs = []
+    for expert, pair in zip(experts, sorted_pairs.split(counts), strict=True):
         for block in pair.split(EXPERT_ROWS):
             k = block.shape[0]
+            if k == 0:
+                continue
             xb = F.pad(x[block // top_k], (0, 0, 0, EXPERT_ROWS - k))
             wb = F.pad(flat_weights[block], (0, 0, 0, EXPERT_ROWS - k))
-            y = _ffn(xb, expert, wb, limit, numerics)
-            slot_out = slot_out.index_copy(0, block, y[:k]) if y.requires_grad else slot_out.index_copy_(0, block, y[:k])
+            outs.append(_ffn(xb, expert, wb, limit, numerics)[:k])
+    # One row a (token, slot) pair keeps the slots apart: each token sums them in the order of selection.
+    slot_out = x.new_zeros(n * top_k, d).index_copy(0, sorted_pairs, torch.cat(outs))
     return slot_out.view(n, top_k, d).sum(1)
 
 

@@ -1,0 +1,180 @@
+"""What a checkpoint holds, as a JSON-able dictionary; the contents of ``ds4 inspect``.
+
+Source:  spec weights.md 5 (recipes, detection) and 6 (bytes per token).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from typing import Any
+
+from ds4.weights.checkpoint import Checkpoint
+from ds4.weights.formats import INTEGER_FORMATS
+from ds4.weights.names import expert_of
+
+# Component of a decoded token's weight traffic -> what its canonical names contain; the first match wins.
+_COMPONENTS = (
+    ("indexer", (".attn.indexer.wq_b.", ".attn.indexer.weights_proj.", ".indexer.compressor.w")),
+    ("compressors", (".attn.compressor.wkv.", ".attn.compressor.wgate.")),
+    ("attention projections", (".attn.wq_a.", ".attn.wq_b.", ".attn.wkv.", ".attn.wo_a.", ".attn.wo_b.")),
+    ("shared expert", (".ffn.shared_experts.",)),
+    ("hyper-connections", ("hc_attn_fn", "hc_ffn_fn", "hc_head_fn")),
+    ("router", (".ffn.gate.weight",)),
+    ("LM head", ("head.weight",)),
+    ("embedding row", ("embed.weight",)),
+)
+_ORDER = (
+    "attention projections",
+    "shared expert",
+    "routed gate+up",
+    "routed down",
+    "compressors",
+    "indexer",
+    "hyper-connections",
+    "router",
+    "LM head",
+    "embedding row",
+    "norms, tables and biases",
+)
+# Group of the recipe line -> components that belong to it.
+_RECIPE = {
+    "experts": ("routed gate+up", "routed down"),
+    "attention": ("attention projections",),
+    "shared": ("shared expert",),
+    "embeddings": ("embedding row", "LM head"),
+}
+
+
+def describe(ckpt: Checkpoint) -> dict[str, Any]:
+    """Describe a checkpoint from its headers alone.
+
+    returns  path, container, name, architecture, generation (a guess, from the draft head and the dimensions), recipe
+             (formats by group, most bytes first), layers (count by kind), experts, context_length, parameters (total,
+             active, draft), types (count, parameters and bytes by format), total_bytes, draft (the draft head or
+             None), bytes_per_token (by component, trunk only, one token, no draft), tensors (as stored)
+    Source:  bytes_per_token counts what spec weights.md 6 counts, from the packed sizes: each weight once, routed
+             experts num_experts_per_tok times the mean expert of their layer, one row of the embedding.
+    """
+    config = ckpt.config
+    traffic: dict[str, float] = defaultdict(float)
+    active = 0.0
+    parameters = {"trunk": 0, "draft": 0}
+    draft_bytes = 0
+    by_group: dict[str, Counter[str]] = {group: Counter() for group in _RECIPE}
+    counts: dict[str, int] = {}
+    for name in ckpt.names():
+        fmt, shape, n_bytes = ckpt.stored_as(name)
+        n_parameters = 0 if fmt in INTEGER_FORMATS else math.prod(shape)
+        if name.startswith("mtp."):
+            parameters["draft"] += n_parameters
+            draft_bytes += n_bytes
+            continue
+        parameters["trunk"] += n_parameters
+        component = _component(name)
+        for group, members in _RECIPE.items():
+            if component in members:
+                by_group[group][fmt] += n_bytes
+        share = 1.0
+        expert = expert_of(name)
+        if expert:
+            prefix = expert[0].rstrip(".")
+            if prefix not in counts:
+                counts[prefix] = ckpt.n_experts(prefix)
+            share = config.num_experts_per_tok / counts[prefix]
+        elif component == "embedding row" or name.endswith(".tid2eid"):
+            share = 1 / shape[0]
+        traffic[component] += n_bytes * share
+        active += n_parameters * share
+    bytes_per_token = {component: round(traffic[component]) for component in _ORDER}
+    bytes_per_token["total"] = sum(bytes_per_token.values())
+    return {
+        "path": str(ckpt.path),
+        "container": ckpt.container,
+        "name": _name(ckpt),
+        "architecture": str(ckpt.metadata.get("general.architecture") or ckpt.metadata.get("model_type")),
+        "generation": _generation(ckpt),
+        "recipe": {group: [fmt for fmt, _ in by_group[group].most_common()] for group in _RECIPE},
+        "layers": _layers(ckpt),
+        "experts": {
+            "routed": sorted(set(counts.values())) or [config.n_routed_experts],
+            "per_token": config.num_experts_per_tok,
+            "shared": 1,
+        },
+        "context_length": config.max_position_embeddings,
+        "parameters": {
+            "total": parameters["trunk"] + parameters["draft"],
+            "active": round(active),
+            "draft": parameters["draft"],
+        },
+        "types": _types(ckpt),
+        "total_bytes": ckpt.total_bytes,
+        "draft": _draft(ckpt, parameters["draft"], draft_bytes),
+        "bytes_per_token": bytes_per_token,
+        "tensors": [
+            {"name": t.name, "shape": list(t.shape), "format": t.format, "bytes": t.nbytes} for t in ckpt.tensors()
+        ],
+    }
+
+
+def _component(name: str) -> str:
+    """The component of spec weights.md 6 that a canonical trunk tensor belongs to."""
+    expert = expert_of(name)
+    if expert:
+        return "routed down" if expert[2] == "w2" else "routed gate+up"
+    for component, marks in _COMPONENTS:
+        if any(mark in name for mark in marks):
+            return component
+    return "norms, tables and biases"
+
+
+def _name(ckpt: Checkpoint) -> str:
+    """What the file calls itself, or else what it is called."""
+    stem = ckpt.path.name if ckpt.path.is_dir() else ckpt.path.stem
+    return str(ckpt.metadata.get("general.name") or ckpt.metadata.get("_name_or_path") or stem)
+
+
+def _draft_kind(ckpt: Checkpoint) -> str | None:
+    """ "dspark" or "mtp" by the tensors there are (spec weights.md 1.1), None without a draft head."""
+    if "mtp.0.main_proj.weight" in ckpt:
+        return "dspark"
+    return "mtp" if "mtp.0.e_proj.weight" in ckpt else None
+
+
+def _draft(ckpt: Checkpoint, parameters: int, n_bytes: int) -> dict[str, Any] | None:
+    kind = _draft_kind(ckpt)
+    if kind is None:
+        return None
+    return {"kind": kind, "stages": ckpt.config.n_mtp_layers, "parameters": parameters, "bytes": n_bytes}
+
+
+def _generation(ckpt: Checkpoint) -> str:
+    """A guess: the draft head tells preview from 0731, the dimensions tell Flash from anything else."""
+    config = ckpt.config
+    if (config.hidden_size, config.num_hidden_layers) == (7168, 61):
+        return "V4-Pro"
+    if (config.hidden_size, config.num_hidden_layers) != (4096, 43):
+        return "demo (not V4-Flash dimensions)"
+    if _draft_kind(ckpt) == "dspark" or config.dspark_block_size is not None or "0731" in _name(ckpt):
+        return "V4-Flash 0731 (DSpark)"
+    if _draft_kind(ckpt) == "mtp":
+        return "V4-Flash preview (MTP)"
+    return "V4-Flash (preview or 0731: no draft head to tell)"
+
+
+def _layers(ckpt: Checkpoint) -> dict[str, int]:
+    config = ckpt.config
+    kinds = Counter(config.layer_kind(layer) for layer in range(config.num_hidden_layers))
+    layers: dict[str, int] = {"total": config.num_hidden_layers}
+    return layers | {kind: kinds[kind] for kind in ("swa", "csa", "hca")} | {"hash_routed": config.num_hash_layers}
+
+
+def _types(ckpt: Checkpoint) -> list[dict[str, Any]]:
+    """Stored tensors by format, most bytes first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for tensor in ckpt.tensors():
+        row = rows.setdefault(tensor.format, {"format": tensor.format, "count": 0, "parameters": 0, "bytes": 0})
+        row["count"] += 1
+        row["parameters"] += math.prod(tensor.shape)
+        row["bytes"] += tensor.nbytes
+    return sorted(rows.values(), key=lambda row: -row["bytes"])

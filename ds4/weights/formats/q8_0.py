@@ -1,0 +1,44 @@
+"""Q8_0: blocks of 32 weights in 34 bytes, an f16 scale ``d`` then 32 int8 codes; weight = d * code.
+
+Source:  spec weights.md 4.1; bit for bit the quantiser of the ``gguf`` package.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ds4.weights.formats.plain import elements
+
+BLOCK = 32
+BLOCK_BYTES = 34
+
+
+def dequantize(data: torch.Tensor, n_cols: int) -> torch.Tensor:
+    """Decode packed rows.
+
+    data     uint8 [n_rows, n_cols / 32 * 34], any strides
+    returns  f32 [n_rows, n_cols], exact (an f16 times an 8-bit integer fits f32)
+    """
+    blocks = data.reshape(data.shape[0], n_cols // BLOCK, BLOCK_BYTES)
+    scale = elements(blocks[..., :2], torch.float16).to(torch.float32)
+    codes = elements(blocks[..., 2:], torch.int8).to(torch.float32)
+    return (codes * scale).reshape(data.shape[0], n_cols)
+
+
+def quantize(x: torch.Tensor) -> torch.Tensor:
+    """Encode rows: d = amax / 127 in f32, code = round half away from zero of x / d, d then stored as f16.
+
+    x        f32 [n_rows, n_cols], n_cols a multiple of 32, finite
+    returns  uint8 [n_rows, n_cols / 32 * 34]
+    Error:   |x - decoded| <= amax / 254 plus the rounding of d to f16.
+    """
+    blocks = x.to(torch.float32).reshape(x.shape[0], -1, BLOCK)
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / 127.0
+    inverse = 1.0 / scale  # infinite for a scale of 0, or so small that it becomes 0 as f16
+    inverse = torch.where(inverse.isinf(), torch.zeros_like(scale), inverse)
+    scaled = blocks * inverse
+    magnitude = scaled.abs()
+    whole = magnitude.floor()
+    codes = scaled.sign() * (whole + (2 * (magnitude - whole)).floor())
+    packed = torch.cat((scale.to(torch.float16).view(torch.uint8), codes.to(torch.int8).view(torch.uint8)), dim=-1)
+    return packed.reshape(x.shape[0], -1)
