@@ -188,7 +188,7 @@ def through_format(w: Tensor, name: str) -> Tensor:
     if fmt.quantize is None or export_format(name, tuple(w.shape)) == "f32":
         return w
     with torch.no_grad():
-        m = fmt.multiplier(w) if fmt.multiplier else 1.0
+        m = fmt.multiplier(w) if fmt.multiplier and not name.startswith("mtp.") else 1.0  # as write_gguf does
         delta = fmt.dequantize(fmt.quantize(w / m), w.shape[-1]) * m - w
     return w + delta
 

@@ -174,6 +174,9 @@ def _open_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(path, "safetensors", config, metadata, list(stored.values()), views, directory)
 
 
+_HC_HEAD = ("hc_head_fn", "hc_head_scale", "hc_head_base")
+
+
 def _open_gguf(path: Path) -> Checkpoint:
     metadata, stored = gguf.read_gguf(MappedFile(path))
     if metadata.get("split.count", 1) not in (0, 1):
@@ -192,6 +195,8 @@ def _open_gguf(path: Path) -> Checkpoint:
             if name in views:
                 raise Ds4Error(f"{path}: both {views[name].stored.name!r} and {tensor.name!r:.200} hold tensor {name}")
             views[name] = view
+    if nextn:  # this form has one stream collapse, which trunk and draft block share
+        views |= {f"mtp.0.{part}": views[part] for part in _HC_HEAD if part in views and f"mtp.0.{part}" not in views}
     config = ModelConfig.from_gguf(
         metadata, source=str(path), n_mtp_layers=_draft_stages(set(views)), n_nextn_blocks=len(nextn)
     )

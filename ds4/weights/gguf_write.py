@@ -1,4 +1,7 @@
-"""Writing a ``deepseek4`` GGUF file: llama.cpp's metadata keys, the trunk in llama.cpp's names, drafts as ``mtp.S.*``.
+"""Writing a ``deepseek4`` GGUF file: llama.cpp's metadata keys and names.
+
+An MTP block goes in as one more block, ``blk.N.nextn.*``, which llama.cpp loads; that form has no place for a stream
+collapse (hc_head) of the block's own, so a block that has one is written as ``mtp.S.*``, which only ds4 loads.
 
 Source:  spec weights.md 3.1 to 3.3.
 """
@@ -56,7 +59,12 @@ def write_gguf(
     import gguf
 
     path = Path(path)
-    packed = list(_stacked(tensors))
+    tensors = list(tensors)
+    draft = [n for n, _, _ in tensors if n.startswith("mtp.0.")]
+    as_nextn = config.n_mtp_layers == 1 and bool(draft) and not any("hc_head" in n for n in draft)
+    packed = list(_stacked(tensors, without_multiplier="mtp." if as_nextn else None))
+    if as_nextn:
+        packed = _as_nextn_block(packed, config.num_hidden_layers)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".gguf")
         os.close(handle)
@@ -68,7 +76,7 @@ def write_gguf(
         for _, tensor in packed:
             if tensor.format in weights:
                 weights[tensor.format] += math.prod(tensor.shape)
-        _add_metadata(writer, _metadata(config, name, max(weights, key=lambda fmt: weights[fmt])))
+        _add_metadata(writer, _metadata(config, name, max(weights, key=lambda fmt: weights[fmt]), int(as_nextn)))
         _add_metadata(writer, {**tokenizer_metadata, **(extra or {})})
         for gguf_name, tensor in packed:
             form = FORMATS[tensor.format]
@@ -109,8 +117,14 @@ class _Packed:
     multiplier: float | None
 
 
-def _stacked(tensors: Iterable[tuple[str, torch.Tensor, str]]) -> Iterator[tuple[str, _Packed]]:
-    """(GGUF name, tensor) of everything to store, in the order in which each name first comes."""
+def _stacked(
+    tensors: Iterable[tuple[str, torch.Tensor, str]], *, without_multiplier: str | None
+) -> Iterator[tuple[str, _Packed]]:
+    """(GGUF name, tensor) of everything to store, in the order in which each name first comes.
+
+    Names that begin with ``without_multiplier`` get none: llama.cpp skips a draft block's weights but would count their
+    ``.scale`` tensors as unknown ones and refuse the file.
+    """
     stacks: dict[str, dict[int | None, _Packed]] = {}
     for canonical, values, fmt in tensors:
         place = names.to_gguf(canonical)
@@ -120,7 +134,8 @@ def _stacked(tensors: Iterable[tuple[str, torch.Tensor, str]]) -> Iterator[tuple
         stack = stacks.setdefault(gguf_name, {})
         if expert in stack:
             raise ValueError(f"{canonical}: given twice")
-        stack[expert] = _pack(canonical, values, fmt)
+        plain = without_multiplier is not None and canonical.startswith(without_multiplier)
+        stack[expert] = _pack(canonical, values, fmt, with_multiplier=not plain)
     for gguf_name, stack in stacks.items():
         if set(stack) not in ({None}, set(range(len(stack)))):
             raise ValueError(f"{gguf_name}: experts are not 0..{len(stack) - 1} without gaps")
@@ -135,7 +150,28 @@ def _stacked(tensors: Iterable[tuple[str, torch.Tensor, str]]) -> Iterator[tuple
             yield gguf_name.removesuffix(".weight") + ".scale", _Packed("f32", (len(parts),), scales, None)
 
 
-def _pack(name: str, values: torch.Tensor, fmt: str) -> _Packed:
+def _as_nextn_block(packed: list[tuple[str, _Packed]], number: int) -> list[tuple[str, _Packed]]:
+    """``mtp.0.*`` renamed to ``blk.<number>.*``; e_proj and h_proj become the columns of one eh_proj."""
+    nextn = {canonical: suffix for suffix, canonical in names.NEXTN.items()}
+    found = dict(packed)
+    out = []
+    for name, tensor in packed:
+        suffix = name.removeprefix("mtp.0.")
+        if suffix == name:
+            out.append((name, tensor))
+        elif suffix == "e_proj.weight":
+            h = found["mtp.0.h_proj.weight"]
+            if (h.format, h.shape) != (tensor.format, tensor.shape):
+                raise ValueError(f"{name}: e_proj and h_proj differ in format or shape")
+            both = torch.cat((tensor.data, h.data), dim=1)
+            joined = _Packed(tensor.format, (tensor.shape[0], 2 * tensor.shape[1]), both, None)
+            out.append((f"blk.{number}.{names.EH_PROJ}", joined))
+        elif suffix != "h_proj.weight":
+            out.append((f"blk.{number}.{'nextn.' + nextn[suffix] if suffix in nextn else suffix}", tensor))
+    return out
+
+
+def _pack(name: str, values: torch.Tensor, fmt: str, *, with_multiplier: bool) -> _Packed:
     """One tensor in a format, on the CPU; ValueError for values that the format cannot hold."""
     form = FORMATS.get(fmt)
     if form is None or form.quantize is None or form.ggml_type is None:
@@ -150,17 +186,17 @@ def _pack(name: str, values: torch.Tensor, fmt: str) -> _Packed:
     rows = values.reshape(-1, values.shape[-1])
     if fmt not in INTEGER_FORMATS:
         rows = rows.to(torch.float32)
-    multiplier = form.multiplier(rows) if form.multiplier else None
+    multiplier = form.multiplier(rows) if form.multiplier and with_multiplier else None
     return _Packed(fmt, tuple(values.shape), form.quantize(rows / multiplier if multiplier else rows), multiplier)
 
 
-def _metadata(config: ModelConfig, name: str, main_format: str) -> dict[str, Any]:
-    """Every key that llama.cpp's loader reads for the architecture, from the config."""
+def _metadata(config: ModelConfig, name: str, main_format: str, n_nextn: int) -> dict[str, Any]:
+    """Every key that llama.cpp's loader reads for the architecture; it counts ``n_nextn`` draft blocks as blocks."""
     keys: dict[str, Any] = {"general.type": "model", "general.name": name}
     keys["general.file_type"] = _FILE_TYPES[main_format]
     keys["general.quantization_version"] = 2
     model = {key: getattr(config, field) for field, key in GGUF_KEYS.items()}
-    layers = config.num_hidden_layers
+    layers = config.num_hidden_layers + n_nextn
     model |= {
         "block_count": layers,
         "vocab_size": config.vocab_size,
@@ -168,7 +204,7 @@ def _metadata(config: ModelConfig, name: str, main_format: str) -> dict[str, Any
         "embedding_length_out": config.hidden_size * config.hc_mult,
         "attention.head_count_kv": 1,
         "attention.value_length": config.head_dim,
-        "attention.compress_ratios": list(config.compress_ratios),
+        "attention.compress_ratios": [*config.compress_ratios, *[0] * n_nextn],
         "attention.compress_rope_freq_base": config.compress_rope_theta,
         "expert_shared_count": 1,
         "expert_weights_norm": True,
@@ -176,6 +212,8 @@ def _metadata(config: ModelConfig, name: str, main_format: str) -> dict[str, Any
         "swiglu_clamp_exp": [float(config.swiglu_limit)] * layers,
         "swiglu_clamp_shexp": [float(config.swiglu_limit)] * layers,
     }
+    if n_nextn:
+        model["nextn_predict_layers"] = n_nextn
     if config.rope_original_max_position:
         model |= {
             "rope.scaling.type": "yarn",

@@ -93,6 +93,23 @@ def test_without_yarn_and_without_drafts(tmp_path: Path) -> None:
     assert open_checkpoint(save(tmp_path / "a.gguf", config=config, tensors=trunk)).config == config
 
 
+def test_draft_block_without_its_own_collapse_becomes_a_llama_cpp_block(tmp_path: Path) -> None:
+    shared = [
+        (n, v, "f32" if v.is_floating_point() else "i32") for n, v in TENSORS.items() if not n.startswith("mtp.0.hc_head")
+    ]
+    path = save(tmp_path / "a.gguf", tensors=shared)
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+    assert fields["deepseek4.block_count"] == 4
+    assert fields["deepseek4.nextn_predict_layers"] == 1
+    assert fields["deepseek4.attention.compress_ratios"] == [0, 4, 8, 0]
+    ckpt = open_checkpoint(path)
+    assert not any(t.name.startswith("mtp.") for t in ckpt.tensors())
+    for name, values, _ in shared:
+        assert torch.equal(ckpt.tensor(name).dequantize().to(values.dtype), values), name
+    for part in ("hc_head_fn", "hc_head_scale", "hc_head_base"):
+        assert torch.equal(ckpt.tensor(f"mtp.0.{part}").dequantize(), TENSORS[part])
+
+
 X = torch.ones(2, 64)
 
 

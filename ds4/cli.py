@@ -1,0 +1,164 @@
+"""The ``ds4`` command: parse, call, print.
+
+Nothing heavy is imported here: torch and the engine come in when a command needs them, after its options are checked,
+so that help, the version and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ds4.cli_common import Options, model_options, one_line, sampling_options
+from ds4.errors import Ds4Error
+
+
+class OneLineErrors(click.Group):
+    """A group whose user errors are one line on standard error and exit code 2, without usage or traceback."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """As click's, but for how errors end the program."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, False, **extra)
+            sys.exit(code if isinstance(code, int) else 0)
+        except click.ClickException as error:
+            message = error.format_message()
+        except Ds4Error as error:
+            message = str(error)
+        except click.Abort:  # Ctrl-C, or the end of input where an answer was needed
+            sys.exit(130)
+        except OSError as error:  # a file that cannot be read, a disk that is full
+            message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+        click.echo(f"ds4: error: {one_line(message)}", err=True)
+        sys.exit(2)
+
+
+def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    """Callback of --version; the metadata is only read when asked for."""
+    if not wanted or context.resilient_parsing:
+        return
+    from importlib import metadata
+
+    try:
+        version = metadata.version("ds4")
+    except metadata.PackageNotFoundError:  # run from a clone
+        version = "(not installed)"
+    click.echo(f"ds4 {version}")
+    context.exit()
+
+
+@click.group(
+    cls=OneLineErrors,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
+)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Run DeepSeek-V4-Flash on one GPU, or a small model of the same architecture on a CPU.
+
+    \b
+    Example:
+      ds4 generate "What is the capital of France? One word."
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@model_options
+@sampling_options
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat format.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and statistics.")
+def generate(prompt: str | None, raw: bool, as_json: bool, **options: Any) -> None:
+    """Answer a prompt.
+
+    PROMPT is read from standard input if it is left out or is "-"; one newline at its end is not part of the prompt.
+    The text streams to standard output, statistics go to standard error. Ctrl-C stops the answer (exit code 130).
+
+    \b
+    Examples:
+      ds4 generate "Tell me a short story about a robot learning to paint." -n 400
+      ds4 generate -m model.gguf --temp 0.7 --top-p 0.95 --seed 1 < question.txt
+    """
+    from ds4.cli_answer import generate_command
+
+    chosen = Options(**options)
+    if raw:
+        for name, used in [("--system", chosen.system is not None), ("--think", chosen.think)]:
+            if used:
+                raise click.UsageError(f"--raw has no chat format, so {name} cannot be used with it")
+    text = _read_prompt(prompt)
+    generate_command(text, chosen, raw=raw, as_json=as_json)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    """The prompt from the argument or from standard input, checked to be valid text and not empty."""
+    if prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            raise click.UsageError("no prompt: give PROMPT, or pipe a text into standard input")
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise click.UsageError(f"standard input is not UTF-8 text (byte {error.start})") from None
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise click.UsageError("PROMPT is not UTF-8 text")
+    if not prompt:
+        raise click.UsageError("the prompt is empty")
+    return prompt
+
+
+@main.command()
+@model_options
+@sampling_options
+def chat(**options: Any) -> None:
+    """Talk with the model.
+
+    /help lists the commands of the conversation. Ctrl-C stops an answer, Ctrl-D quits.
+
+    \b
+    Example:
+      ds4 chat --think --system "You answer in rhymes."
+    """
+    from ds4.cli_chat import Conversation
+    from ds4.cli_common import load_llm
+
+    chosen = Options(**options)
+    chosen.sampling_params()
+    Conversation(load_llm(chosen), chosen).run()
+
+
+@main.command("inspect")
+@click.argument("path", type=click.Path())
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(path: str, tensors: bool, as_json: bool) -> None:
+    """Describe the checkpoint at PATH.
+
+    Its generation and recipe, tensor types and sizes, layers, and the bytes read per token.
+
+    PATH is a .gguf file, a .safetensors file, or a directory with config.json and weights. Only headers are read.
+
+    \b
+    Example:
+      ds4 inspect model.gguf --tensors
+    """
+    from ds4.cli_inspect import inspect_command
+
+    inspect_command(path, tensors=tensors, as_json=as_json)

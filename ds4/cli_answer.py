@@ -1,0 +1,223 @@
+"""One answer of the model on its way to the terminal: streaming, interruption, statistics, ``ds4 generate`` itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ds4.cli_common import Options, load_llm
+
+if TYPE_CHECKING:
+    from ds4.engine import LLM, Session, Statistics
+
+_IMPORTED_AT = time.monotonic()
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
+
+
+class PromptBar:
+    """A progress bar on standard error while a long prompt is processed; nothing where nobody would see it."""
+
+    PATIENCE_SECONDS = 0.5
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._bar: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        """Called by the engine with prompt tokens done and in all; the bar appears late and goes when all are done."""
+        if self._bar is None:
+            if done >= total or not sys.stderr.isatty() or time.monotonic() - self._started < self.PATIENCE_SECONDS:
+                return
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("reading the prompt", total=total)
+        self._bar.update(self._task, completed=done)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+@dataclass
+class Answer:
+    """What came back from one generation; ``statistics`` is None when it was interrupted before they were made."""
+
+    text: str = ""
+    reasoning: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    statistics: Statistics | None = None
+    interrupted: bool = False
+    seconds_to_first_token: float | None = None
+
+    @property
+    def finish_reason(self) -> str:
+        return "interrupted" if self.interrupted or self.statistics is None else self.statistics.finish_reason
+
+
+class Printer:
+    """Writes an answer to standard output as it comes: reasoning (dim on a terminal), a blank line, the text."""
+
+    def __init__(self) -> None:
+        self._kind = ""
+        self._newlines = 2  # how many of them end what was written
+
+    def show(self, kind: str, text: str) -> None:
+        """Write a piece of reasoning, content or tool calls (these are shown as they are)."""
+        if self._kind == "reasoning" and kind != "reasoning":
+            text = text.lstrip("\n")
+            if not text:
+                return
+            click.echo("\n" * (2 - self._newlines), nl=False)
+        self._kind = kind
+        if sys.stdout.isatty():  # a terminal would obey control characters
+            text = _CONTROLS.sub("\ufffd", text)
+        self._newlines = min(2, len(text) - len(text.rstrip("\n")))
+        click.echo(click.style(text, dim=True) if kind == "reasoning" else text, nl=False)  # flushes; plain in a pipe
+
+    def end(self) -> None:
+        """Finish the line."""
+        if self._kind and not self._newlines:
+            click.echo()
+
+
+def stream_answer(
+    llm: LLM,
+    prompt: str | list[dict[str, Any]] | list[int],
+    options: Options,
+    *,
+    think: bool,
+    effort: str | None,
+    show: Callable[[str, str], None],
+    raw: bool = False,
+    session: Session | None = None,
+) -> Answer:
+    """Generate, pass every piece of text on to ``show(kind, text)``; Ctrl-C ends the answer, not the program."""
+    from ds4.engine import Piece
+    from ds4.text.chat_parse import StreamParser
+
+    answer = Answer()
+    parser = None if raw else StreamParser(think)
+
+    def take(events: list[tuple[Any, str]]) -> None:
+        for kind, text in events:
+            if kind == "reasoning":
+                answer.reasoning += text
+            else:
+                answer.text += text
+            show(kind, text)
+
+    bar = PromptBar()
+    stream = llm.generate(
+        prompt,
+        options.sampling_params(),
+        thinking=think,
+        raw=raw,
+        reasoning_effort=effort,
+        session=session,
+        progress=bar.update,
+    )
+    try:
+        for item in stream:
+            if isinstance(item, Piece):
+                if answer.seconds_to_first_token is None:
+                    answer.seconds_to_first_token = process_age()
+                answer.token_ids += item.token_ids
+                take(parser.push(item.text) if parser else [("content", item.text)])
+            else:
+                answer.statistics = item
+                answer.token_ids = list(item.token_ids)
+        answer.interrupted = answer.finish_reason == "interrupted"
+    except KeyboardInterrupt:
+        answer.interrupted = True
+    finally:
+        bar.close()
+    take(parser.flush() if parser else [])
+    return answer
+
+
+def statistics_lines(statistics: Statistics) -> list[str]:
+    """Two short lines for people."""
+    s = statistics
+    cached = f" ({s.cached_tokens} cached)" if s.cached_tokens else ""
+    return [
+        f"{s.prompt_tokens} prompt tokens{cached}, {s.prompt_tokens_per_second:.1f} tokens/s; "
+        f"first token after {s.first_token_seconds or 0:.2f} s",
+        f"{s.generated_tokens} tokens generated, {s.tokens_per_second:.1f} tokens/s ({s.finish_reason}); "
+        f"peak memory {s.peak_memory_bytes / 2**20:,.0f} MiB",
+    ]
+
+
+def print_statistics(statistics: Statistics | None) -> None:
+    """To standard error, dim on a terminal."""
+    for line in statistics_lines(statistics) if statistics else []:
+        click.secho(line, err=True, dim=True)
+
+
+def process_age() -> float:
+    """Seconds since this process started (where the system does not tell: since ds4 was imported)."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            started = int(file.read().rsplit(b")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.monotonic() - _IMPORTED_AT
+
+
+# ds4 generate
+
+
+def generate_command(prompt: str, options: Options, *, raw: bool, as_json: bool) -> None:
+    """Run ``ds4 generate``; exits with 130 after an interruption."""
+    options.sampling_params()  # whatever is wrong with them shows before a model is loaded
+    llm = load_llm(options)
+    printer = Printer()
+    messages = prompt if raw else [*options.first_messages(), {"role": "user", "content": prompt}]
+    show = (lambda kind, text: None) if as_json else printer.show
+    answer = stream_answer(llm, messages, options, think=options.think, effort=options.effort, show=show, raw=raw)
+    if as_json:
+        click.echo(json.dumps(_record(llm, prompt, options, answer), ensure_ascii=True))
+    else:
+        printer.end()
+        print_statistics(answer.statistics)
+    if answer.interrupted:
+        sys.exit(130)
+
+
+def _record(llm: LLM, prompt: str, options: Options, answer: Answer) -> dict[str, Any]:
+    """The object of ``--json``."""
+    import torch
+
+    from ds4.kernels.numerics import DEFAULT_GROUP
+
+    statistics: dict[str, Any] = answer.statistics.to_dict() if answer.statistics else {}
+    statistics.pop("token_ids", None)
+    statistics |= {
+        "seconds_to_first_token": answer.seconds_to_first_token,
+        "threads": torch.get_num_threads(),
+        "device": str(llm.device),
+        "numerics": options.numerics or DEFAULT_GROUP,
+    }
+    return {
+        "model": str(llm.path),
+        "prompt": prompt,
+        "text": answer.text,
+        "reasoning": answer.reasoning,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "statistics": statistics,
+    }

@@ -1,0 +1,122 @@
+"""The options that ``ds4 generate`` and ``ds4 chat`` share, and the model they load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ds4.engine import LLM
+    from ds4.sampling import SamplingParams
+
+
+def one_line(message: str) -> str:
+    """A message without newlines and control characters, whatever file or text it quotes."""
+    return " ".join("".join(c if c.isprintable() else " " for c in message).split())
+
+
+# Options
+
+
+class FiniteRange(click.FloatRange):
+    """A float range that takes neither NaN nor infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+def _with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One decorator that adds several options, listed by --help in this order."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+model_options = _with_options(
+    click.option("-m", "--model", metavar="PATH", help="Checkpoint; the bundled small model if left out."),
+    click.option("--ctx", type=click.IntRange(1), default=8192, metavar="N", help="Context in tokens (8192)."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run (auto)."),
+    click.option("--numerics", type=click.Choice(["official", "serve", "exact"]), help="Which roundings to imitate."),
+)
+
+# The ranges are those of SamplingParams.
+sampling_options = _with_options(
+    click.option(
+        "-n", "--max-tokens", type=click.IntRange(1), default=512, metavar="N", help="At most N tokens (512)."
+    ),
+    click.option("--temp", type=FiniteRange(0), default=0.0, metavar="X", help="Temperature; 0 (default) is greedy."),
+    click.option("--top-k", type=click.IntRange(0), default=0, metavar="N", help="Only the N likeliest; 0 is off."),
+    click.option(
+        "--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0, metavar="X", help="Only the likeliest, to sum X."
+    ),
+    click.option("--min-p", type=FiniteRange(0, 1), default=0.0, metavar="X", help="At least X times the likeliest."),
+    click.option(
+        "--repeat-penalty", type=FiniteRange(0, min_open=True), default=1.0, metavar="X", help="Above 1: repeat less."
+    ),
+    click.option("--seed", type=click.IntRange(0), metavar="N", help="For the same draws again."),
+    click.option("--think/--no-think", default=False, help="Reason before the answer, or not (default)."),
+    click.option("--effort", type=click.Choice(["low", "high", "max"]), help="How much to reason; needs --think."),
+    click.option("--system", metavar="TEXT", help="System message."),
+)
+
+
+@dataclass
+class Options:
+    """The values of model_options and sampling_options, checked against each other."""
+
+    model: str | None
+    ctx: int
+    device: str
+    numerics: str | None
+    max_tokens: int
+    temp: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    seed: int | None
+    think: bool
+    effort: str | None
+    system: str | None
+
+    def __post_init__(self) -> None:
+        if self.effort is not None and not self.think:
+            raise click.UsageError("--effort needs --think")
+        if self.system is not None and any("\ud800" <= char <= "\udfff" for char in self.system):
+            raise click.UsageError("--system is not UTF-8 text")
+
+    def sampling_params(self) -> SamplingParams:
+        """The options that choose tokens."""
+        from ds4.sampling import SamplingParams
+
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temp,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repeat_penalty,
+            seed=self.seed,
+        )
+
+    def first_messages(self) -> list[dict[str, Any]]:
+        """How a conversation starts: with the system message, or empty."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+
+def load_llm(options: Options) -> LLM:
+    """Open the model of ``options``."""
+    from ds4.engine import LLM
+
+    return LLM(options.model, device=options.device, ctx=options.ctx, numerics=options.numerics)

@@ -1,0 +1,149 @@
+"""Expert layer against the unit golden and against a plain restatement (spec model.md 2.7)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from kernels.unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
+from torch import Tensor
+
+from ds4.kernels.moe import EXPERT_ROWS, Expert, moe, swiglu
+from ds4.kernels.numerics import Numerics
+from ds4.kernels.route import route
+
+OFFICIAL = Numerics(act_fp8=True)
+"""What the golden has: activations rounded to FP8 in front of every linear, FP32 between the operations."""
+
+FORMS = pytest.mark.parametrize("rows", [None, tuple(range(8))], ids=["prefill", "decode"])
+
+
+class Case:
+    """unit_moe with its weights decoded from their bytes."""
+
+    def __init__(self, golden: Path, **decode: bool) -> None:
+        g = load_unit(golden, "moe")
+        self.x, self.expected, self.limit = g["x"], g["y_ref"], g["lim"].item()
+
+        def expert(e: int) -> Expert:
+            w1, w3, w2 = (decode_mxfp4(g[w][e], g[f"{w}s"][e], **decode) for w in ("w1", "w3", "w2"))
+            return Expert(w1, w3, w2)
+
+        self.experts = [expert(e) for e in range(8)]
+        shared = (decode_fp8(g[w], g[f"{w}s"]) for w in ("sw1", "sw3", "sw2"))
+        self.shared = Expert(*shared)
+        self.ids, self.weights = route(
+            self.x, g["gate_w"], bias=g["bias"], hash_ids=None, top_k=2, route_scale=g["rs"].item()
+        )
+
+    def run(
+        self,
+        rows: tuple[int, ...] | None,
+        *,
+        numerics: Numerics = OFFICIAL,
+        weights: Tensor | None = None,
+        experts: list[Expert] | None = None,
+    ) -> Tensor:
+        weights = self.weights if weights is None else weights
+        experts = experts or self.experts
+        return moe(self.x, self.ids, weights, experts, self.shared, limit=self.limit, numerics=numerics, rows=rows)
+
+
+@pytest.fixture(scope="module")
+def case(golden: Path) -> Case:
+    return Case(golden)
+
+
+@FORMS
+def test_golden(case: Case, rows: tuple[int, ...] | None) -> None:
+    assert_close(case.run(rows), case.expected)
+
+
+@FORMS
+def test_mistakes_are_seen(golden: Path, case: Case, rows: tuple[int, ...] | None) -> None:
+    swapped = [Expert(e.w3, e.w1, e.w2) for e in case.experts]
+    for y in (
+        Case(golden, high_nibble_first=True).run(rows),
+        case.run(rows, numerics=Numerics()),
+        case.run(rows, weights=case.weights.flip(1)),
+        case.run(rows, weights=case.weights / 1.5),
+        case.run(rows, experts=swapped),
+    ):
+        with pytest.raises(AssertionError):
+            assert_close(y, case.expected)
+
+
+@FORMS
+def test_routing_weight_enters_before_w2(case: Case, rows: tuple[int, ...] | None) -> None:
+    """Only the FP8 rounding of w2's input can tell: weights applied afterwards give another result."""
+
+    def weighted_after(numerics: Numerics) -> Tensor:
+        one = torch.ones_like(case.weights)
+        shared = case.run(rows, weights=torch.zeros_like(one), numerics=numerics)
+        total = shared
+        for slot in range(2):
+            only = torch.zeros_like(one)
+            only[:, slot] = 1
+            total = total + case.weights[:, slot : slot + 1] * (
+                case.run(rows, weights=only, numerics=numerics) - shared
+            )
+        return total
+
+    assert_close(weighted_after(Numerics()), case.run(rows, numerics=Numerics()))
+    with pytest.raises(AssertionError):
+        assert_close(weighted_after(OFFICIAL), case.expected)
+
+
+def test_swiglu_clamps() -> None:
+    """Up on both sides, the gate from above only, both before the activation. The golden never reaches its limit."""
+    gate = torch.tensor([-30.0, -3.0, 12.0, 2.0, 2.0])
+    up = torch.tensor([1.0, 2.0, 3.0, 25.0, -25.0])
+    clamped = torch.tensor([-30.0, -3.0, 10.0, 2.0, 2.0]).double()
+    expected = clamped / (1 + torch.exp(-clamped)) * torch.tensor([1.0, 2.0, 3.0, 10.0, -10.0])
+    assert_close(swiglu(gate, up, 10.0), expected.float(), 1e-6)
+    assert swiglu(gate, up, 10.0)[0] != swiglu(gate.clamp(min=-10), up, 10.0)[0]
+
+
+def restated(
+    x: Tensor, ids: Tensor, weights: Tensor, experts: list[Expert], shared: Expert, limit: float, *, clamp_shared: bool
+) -> Tensor:
+    """Spec model.md 2.7 token by token in FP64."""
+
+    def ffn(v: Tensor, e: Expert, bound: float) -> Tensor:
+        gate, up = (w.double() @ v for w in (e.w1, e.w3))
+        gate, up = gate.clamp(max=bound), up.clamp(-bound, bound)
+        return e.w2.double() @ (gate * torch.sigmoid(gate) * up)
+
+    rows = []
+    for v, chosen, share in zip(x.double(), ids.tolist(), weights.double(), strict=True):
+        y = ffn(v, shared, limit if clamp_shared else torch.inf)
+        for e, w in zip(chosen, share, strict=True):
+            y = y + w * ffn(v, experts[e], limit)
+        rows.append(y)
+    return torch.stack(rows).float()
+
+
+def test_many_tokens_with_clamps_acting() -> None:
+    """More tokens for one expert than a block of rows holds, an expert with none, clamps reached everywhere."""
+    n, d, inter, n_experts, top_k = EXPERT_ROWS * 2 + 6, 64, 32, 6, 2
+    x = seeded(n, d) * 4
+    weights = seeded(n, top_k, seed=1).abs()
+
+    def expert(seed: int) -> Expert:
+        return Expert(seeded(inter, d, seed=seed), seeded(inter, d, seed=seed + 1), seeded(d, inter, seed=seed + 2))
+
+    experts, shared = [expert(10 * e + 10) for e in range(n_experts)], expert(5)
+    ids = torch.stack((torch.zeros(n, dtype=torch.int64), 1 + torch.arange(n) % (n_experts - 2)), dim=1)
+    assert (ids != n_experts - 1).all()
+    expected = restated(x, ids, weights, experts, shared, 10.0, clamp_shared=True)
+    args = (x, ids, weights, experts, shared)
+    prefill = moe(*args, limit=10.0, numerics=Numerics())
+    assert_close(prefill, expected)
+    assert_close(moe(*args, limit=10.0, numerics=Numerics(), rows=tuple(range(n))), expected)
+    live = slice(3, 40)
+    assert torch.equal(moe(*args, limit=10.0, numerics=Numerics(), live=live)[live], prefill[live])
+    with pytest.raises(AssertionError):
+        assert_close(prefill, restated(x, ids, weights, experts, shared, 10.0, clamp_shared=False))
+    with pytest.raises(AssertionError):
+        assert_close(moe(*args, limit=1e9, numerics=Numerics()), expected)
