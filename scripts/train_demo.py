@@ -182,15 +182,13 @@ def export_format(name: str, shape: tuple[int, ...]) -> str:
     return "f32" if f32 else "q8_0"
 
 
-def through_format(w: Tensor, name: str) -> Tensor:
-    """``w`` as it will be read back from the shipped file, with the gradient of ``w`` itself."""
+def rounding(w: Tensor, name: str) -> Tensor | None:
+    """What rounding to the shipped format adds to ``w``; None where it is shipped as it is."""
     fmt = FORMATS[export_format(name, tuple(w.shape))]
-    if fmt.quantize is None or export_format(name, tuple(w.shape)) == "f32":
-        return w
+    if fmt.quantize is None or fmt.name == "f32":
+        return None
     with torch.no_grad():
-        m = fmt.multiplier(w) if fmt.multiplier and not name.startswith("mtp.") else 1.0  # as write_gguf does
-        delta = fmt.dequantize(fmt.quantize(w / m), w.shape[-1]) * m - w
-    return w + delta
+        return fmt.dequantize(fmt.quantize(w), w.shape[-1]) - w
 
 
 class CountingMoE:
@@ -223,6 +221,7 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-9, foreach=True)
         self.numerics = resolve("exact")
+        self.roundings: dict[str, Tensor | None] = {}
         prefixes = [*(f"layers.{i}" for i in range(args.layers)), "mtp.0"]
         self.counts = {p: torch.zeros(self.config.n_routed_experts, dtype=torch.int64) for p in prefixes}
 
@@ -232,10 +231,17 @@ class Trainer:
         cos = 0.5 * (1 + math.cos(math.pi * min(1.0, step / a.steps)))
         return a.lr * warm * (0.04 + 0.96 * cos)
 
-    def models(self, quantised: bool) -> tuple[Transformer, MTPBlock]:
+    def models(self, quantised: bool, refresh: bool = True) -> tuple[Transformer, MTPBlock]:
+        """Trunk and MTP block on the current weights, ``quantised``: as they will be read back from the shipped file.
+
+        Rounding is found anew only on ``refresh``: weights move little in a few steps, and it costs as much as a step.
+        """
         tensors = dict(self.fixed)
         for name, w in self.params.items():
-            tensors[name] = through_format(w, name) if quantised else w
+            if quantised and refresh:
+                self.roundings[name] = rounding(w, name)
+            delta = self.roundings.get(name) if quantised else None
+            tensors[name] = w if delta is None else w + delta
         # One file for trunk and MTP block has one stream collapse (llama.cpp reads it so): the block shares the trunk's.
         tensors |= {f"mtp.0.hc_head_{part}": tensors[f"hc_head_{part}"] for part in ("fn", "scale", "base")}
         params = TensorParams(tensors)
@@ -274,7 +280,8 @@ class Trainer:
     def step(self, step: int, rows: Tensor, world: int) -> tuple[float, float]:
         """One update on this worker's rows i64 ``[b, n + 2]``; returns this worker's (loss, MTP loss)."""
         a = self.args
-        trunk, mtp = self.models(step >= a.qat_from * a.steps)
+        quantised = step >= a.qat_from * a.steps
+        trunk, mtp = self.models(quantised, refresh=step % 4 == 0 or not self.roundings)
         use_mtp = step >= a.mtp_from * a.steps
         total, total_mtp = 0.0, 0.0
         for row in rows:
@@ -377,7 +384,9 @@ def export(trainer: Trainer, tok: Tokenizer, path: Path) -> None:
     """Write the GGUF: trunk, MTP block, tokenizer."""
     tensors = {**trainer.fixed, **{n: p.detach() for n, p in trainer.params.items()}}
     rows = ((name, t, export_format(name, tuple(t.shape))) for name, t in tensors.items())
-    write_gguf(path, trainer.config, rows, tokenizer_metadata=tokenizer_metadata(tok), name="ds4 demo")
+    write_gguf(
+        path, trainer.config, rows, tokenizer_metadata=tokenizer_metadata(tok), name="ds4 demo", multipliers=False
+    )
 
 
 def main() -> None:

@@ -17,13 +17,15 @@ class LayerCache:
     """State of one layer. Tensors that the layer's kind does not have are None.
 
     ring u8 ``[window + max_draft, row_bytes]``; pool u8 ``[ctx / ratio, row_bytes]``; keys u8 ``[ctx / 4, key_bytes]``;
-    state / key_state f32 ``[slots, 2, width]``: the compressors' raw (kv, score + ape) per token.
+    state / key_state f32 ``[slots, 2, width]``: the compressors' raw (kv, score + ape) per token. ``ring_f32`` is the
+    ring decoded, for the torch path only: it would otherwise decode 128 rows to add one.
     """
 
     def __init__(self, spec: LayerSpec, formats: RowFormats, ctx: int) -> None:
         self.spec = spec
         self.formats = formats
         self.ring = torch.zeros(spec.ring_slots, formats.row.row_bytes, dtype=torch.uint8)
+        self.ring_f32 = torch.zeros(spec.ring_slots, formats.row.width)
         self.pool: Tensor | None = None
         self.state: Tensor | None = None
         self.keys: Tensor | None = None
@@ -46,7 +48,7 @@ class LayerCache:
         out = {"ring": _last(self.ring, position, min(position, window))}
         if self.pool is not None and self.state is not None:
             n_entries = position // spec.ratio
-            back = min(position, spec.state_slots - MAX_DRAFT)
+            back = min(position, spec.lookback)
             out["pool"] = self.pool[:n_entries]
             out["state"] = _last(self.state, position, back)
             if self.keys is not None and self.key_state is not None:

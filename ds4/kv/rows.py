@@ -25,6 +25,10 @@ class PackedRow:
     n_rope: int
 
     @property
+    def width(self) -> int:
+        return self.n_nope + self.n_rope
+
+    @property
     def _rope_offset(self) -> int:
         return self.n_nope + -(-(self.n_nope // NOPE_BLOCK) // 8) * 8
 

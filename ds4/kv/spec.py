@@ -13,10 +13,11 @@ MAX_DRAFT = 8
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Shapes of one layer's state; ``overlap`` is the CSA compressor, whose rows carry two series."""
+    """Shapes of one layer's state; ``lookback``: raw rows the compressor still needs, its rings have a few more."""
 
     ratio: int
     ring_slots: int
+    lookback: int
     state_slots: int
     state_width: int
     key_state_width: int
@@ -32,6 +33,7 @@ def layer_spec(config: ModelConfig, ratio: int, max_draft: int = MAX_DRAFT) -> L
     return LayerSpec(
         ratio=ratio,
         ring_slots=config.sliding_window + max_draft,
+        lookback=overlap * ratio,
         state_slots=overlap * ratio + max_draft if ratio else 0,
         state_width=overlap * config.head_dim if ratio else 0,
         key_state_width=2 * config.index_head_dim if ratio == 4 else 0,

@@ -69,7 +69,7 @@ class Attention:
         """x f32 ``[8, d]`` -> f32 ``[8, d]``; publishes the tokens' rows, then each attends what it may see."""
         launch, row_format = ctx.launch, cache.formats.row
         qr, q, kv, raw = self._project(x, ctx)
-        ring_write(cache.ring, launch.start, row_format.pack(kv[list(launch.rows)]))
+        self._publish(kv[list(launch.rows)], launch.start, cache)
         chosen: list[Tensor | None] = [None] * launch.n_tok
         if self.indexer is not None:
             assert cache.keys is not None
@@ -86,12 +86,12 @@ class Attention:
         token_kv = []
         for i in range(launch.n_tok):
             end = launch.start + i + 1
-            rows = ring_read(cache.ring, max(0, end - self.window), end)
+            rows = ring_read(cache.ring_f32, max(0, end - self.window), end)
             if cache.pool is not None:
                 entries = chosen[i]
                 pool = cache.pool[: end // self.ratio] if entries is None else cache.pool[entries]
-                rows = torch.cat((rows, pool))
-            token_kv.append(row_format.unpack(rows))
+                rows = torch.cat((rows, row_format.unpack(pool)))
+            token_kv.append(rows)
         return self._output(attn_decode(q, token_kv, self.sink, launch.rows, ctx.numerics), ctx)
 
     def prefill(self, x: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
@@ -116,6 +116,15 @@ class Attention:
                 masks.append(self.indexer.select_prefill(qr, index_weights, ctx, cache, tile_keys))
         return self._output(attn_prefill(q, torch.cat(keys), self.sink, torch.cat(masks, dim=1), ctx.numerics), ctx)
 
+    @staticmethod
+    def _publish(kv: Tensor, start: int, cache: LayerCache) -> Tensor:
+        """Store rows f32 ``[n, width]`` of positions ``start ..``; returns them as stored (rounded)."""
+        packed = cache.formats.row.pack(kv)
+        stored = cache.formats.row.unpack(packed)
+        ring_write(cache.ring, start, packed)
+        ring_write(cache.ring_f32, start, stored)
+        return stored
+
     def _window_rows(self, kv: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
         """Rows of positions ``tile_start - window ..`` to the end of the tile; zeros where there is none (yet).
 
@@ -123,15 +132,13 @@ class Attention:
         """
         if cache is None:
             return kv
-        launch, row_format = ctx.launch, cache.formats.row
+        launch = ctx.launch
         rows = kv.new_zeros(self.window + launch.n_rows, self.width)
         offset = self.window - launch.tile_start
         first = max(0, launch.start - self.window)
         if first < launch.start:
-            rows[first + offset : launch.start + offset] = row_format.unpack(ring_read(cache.ring, first, launch.start))
-        packed = row_format.pack(kv[launch.row_slice])
-        ring_write(cache.ring, launch.start, packed)
-        rows[launch.start + offset : launch.end + offset] = row_format.unpack(packed)
+            rows[first + offset : launch.start + offset] = ring_read(cache.ring_f32, first, launch.start)
+        rows[launch.start + offset : launch.end + offset] = self._publish(kv[launch.row_slice], launch.start, cache)
         return rows
 
     def _pool_rows(self, entries: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:

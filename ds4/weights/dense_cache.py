@@ -41,6 +41,8 @@ class DenseCache:
                 row += w.shape[0]
         else:
             made = key.dequantize()
+        # Kept transposed: BLAS libraries stream a matrix-vector product over long rows better than over short ones.
+        made = made.t().contiguous().t()
         size = made.numel() * made.element_size()
         if size <= self.budget_bytes:
             while self.used_bytes + size > self.budget_bytes:

@@ -40,6 +40,7 @@ def write_gguf(
     tokenizer_metadata: Mapping[str, Any],
     name: str,
     extra: Mapping[str, Any] | None = None,
+    multipliers: bool = True,
 ) -> Path:
     """Quantise tensors and write them with ``config`` as one GGUF file; the file appears whole or not at all.
 
@@ -51,6 +52,8 @@ def write_gguf(
                         unless given here
     name                ``general.name``
     extra               further keys; int, float, bool, str or a list of one of them
+    multipliers         False: nvfp4 weights are written without one, so that readers which ignore ``<base>.scale``
+                        (llama.cpp's deepseek4 graph does) get them right; only for weights that suit it
     returns  the path written
     Error:   ValueError for tensors that cannot be written (unknown name or format, gaps in a stack, not finite, wrong
              row length); Ds4Error if the file cannot be written, or would not open again with the same config.
@@ -62,7 +65,7 @@ def write_gguf(
     tensors = list(tensors)
     draft = [n for n, _, _ in tensors if n.startswith("mtp.0.")]
     as_nextn = config.n_mtp_layers == 1 and bool(draft) and not any("hc_head" in n for n in draft)
-    packed = list(_stacked(tensors, without_multiplier="mtp." if as_nextn else None))
+    packed = list(_stacked(tensors, without_multiplier="" if not multipliers else "mtp." if as_nextn else None))
     if as_nextn:
         packed = _as_nextn_block(packed, config.num_hidden_layers)
     try:

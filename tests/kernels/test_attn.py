@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.unit_data import SUM_ORDER, assert_close, half_split_rope, load_unit, seeded
 from torch import Tensor
+from unit_data import SUM_ORDER, assert_close, half_split_rope, load_unit, seeded
 
 from ds4.kernels.attn import attn_decode, attn_prefill, query
 from ds4.kernels.numerics import Numerics
@@ -83,15 +83,22 @@ def test_decode_fills_the_given_rows_only(case: Case) -> None:
 
 
 def test_probabilities_are_rounded_to_bf16_in_the_official_numerics(case: Case) -> None:
-    """The denominator keeps unrounded exponentials (spec model.md 2.5)."""
+    """The denominator keeps unrounded exponentials (spec model.md 2.5). The result is rounded as well, so the share of
+    equal values tells: measured 1.0, against 0.77 without rounding and 0.93 with the denominator rounded too."""
     q, kv = case.q[:1], case.kv[case.lists[0]]
     scores = torch.einsum("hd,rd->hr", q[0], kv) * 128**-0.5
     p = torch.exp(scores - scores.amax(-1, keepdim=True))
-    denominator = p.sum(-1) + torch.exp(case.sink - scores.amax(-1))
-    expected = (p.bfloat16().float() @ kv / denominator.unsqueeze(-1)).unsqueeze(0)
-    o = attn_decode(q, [kv], case.sink, (0,), Numerics(bf16=True))
-    assert_close(o, expected, 2**-8)
-    assert torch.equal(o, o.bfloat16().float())
+    rounded = p.bfloat16().float()
+    o = attn_decode(q, [kv], case.sink, (0,), Numerics(bf16=True))[0]
+
+    def equal_share(above: Tensor, below: Tensor) -> float:
+        denominator = below.sum(-1) + torch.exp(case.sink - scores.amax(-1))
+        expected = (above @ kv / denominator.unsqueeze(-1)).bfloat16().float()
+        return (o == expected).float().mean().item()
+
+    assert equal_share(rounded, p) >= 0.99
+    assert equal_share(p, p) <= 0.96
+    assert equal_share(rounded, rounded) <= 0.96
 
 
 def test_query() -> None:

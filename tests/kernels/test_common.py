@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.unit_data import assert_close, half_split_rope, load_unit
+from unit_data import assert_close, half_split_rope, load_unit
 
 from ds4.kernels.common import apply_rope, hadamard, rms_norm, rope_angles, rope_frequencies
 from ds4.weights.formats import block_scale

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.unit_data import assert_close, seeded
 from torch import Tensor
+from unit_data import assert_close, seeded
 
 from ds4.kernels.head import hc_head, head
 from ds4.kernels.numerics import Numerics

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.unit_data import assert_close, decode_fp8, half_split_rope, load_unit
 from torch import Tensor
+from unit_data import assert_close, decode_fp8, half_split_rope, load_unit
 
 from ds4.kernels.indexer import index_query, index_score, index_topk
 from ds4.kernels.kv_publish import finish_entry, pool_csa

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels.unit_data import assert_close, half_split_rope, load_unit, seeded
 from torch import Tensor
+from unit_data import assert_close, half_split_rope, load_unit, seeded
 
 from ds4.kernels.common import rms_norm
 from ds4.kernels.kv_publish import finish_entry, pool_csa, pool_hca

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.unit_data import SUM_ORDER, assert_close, load_unit, seeded
 from torch import Tensor
+from unit_data import SUM_ORDER, assert_close, load_unit, seeded
 
 from ds4.kernels.common import rms_norm
 from ds4.kernels.mhc import hc_collapse, hc_expand, hc_mix, hc_sinkhorn, mhc_boundary

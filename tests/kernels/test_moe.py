@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
 from torch import Tensor
+from unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
 
 from ds4.kernels.moe import EXPERT_ROWS, Expert, moe, swiglu
 from ds4.kernels.numerics import Numerics

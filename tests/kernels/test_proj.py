@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
 from torch import Tensor
+from unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
 
 from ds4.kernels.numerics import Numerics
 from ds4.kernels.proj import matmul_rows, proj, proj_grouped, proj_in
@@ -61,6 +61,11 @@ def test_activation_rounding() -> None:
         assert_close(proj(x, w, EXACT), rounded @ w.T)
     with pytest.raises(AssertionError):
         assert_close(proj(x, w, ACT_FP8), block_scale.round_e4m3(x, 256) @ w.T)
+    halves = torch.ones(256)
+    halves[64:128] = 1e-5  # a block of 128 rounds these to zero, one of 64 keeps them
+    with pytest.raises(AssertionError):
+        assert_close(proj(x * halves, w / halves, ACT_FP8), block_scale.round_e4m3(x * halves, 64) @ (w / halves).T)
+    assert_close(proj(x * halves, w / halves, ACT_FP8), block_scale.round_e4m3(x * halves, 128) @ (w / halves).T)
 
 
 @pytest.mark.parametrize("rows", [None, (0, 3)], ids=["prefill", "decode"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernels.unit_data import assert_close, load_unit, seeded
 from torch import Tensor
+from unit_data import assert_close, load_unit, seeded
 
 from ds4.kernels.route import route, route_weights
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flash_dims import FLASH
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv.flash import FLASH
 
 from ds4.kernels.kv_publish import ring_read, ring_write
 from ds4.kv.cache import KVCache
@@ -66,7 +66,7 @@ def test_ring_read_refuses_more_than_it_holds() -> None:
 
 
 def advance(cache: KVCache, start: int, end: int, seed: int) -> None:
-    """Write every part of the state of positions ``start .. end - 1``, as a forward pass does; contents from the seed."""
+    """Write the whole state of positions ``start .. end - 1``, as a forward pass does; contents from the seed."""
     generator = torch.Generator().manual_seed(seed)
 
     def random_bytes(n: int, width: int) -> torch.Tensor:

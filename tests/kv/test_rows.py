@@ -1,4 +1,4 @@
-"""Row formats: sizes, layout, and packing that loses nothing beyond the rounding it stands for (spec model.md 6.1, 6.2)."""
+"""Row formats (spec model.md 6.1, 6.2): sizes, layout, and packing that loses nothing beyond the official rounding."""
 
 from __future__ import annotations
 

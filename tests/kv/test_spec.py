@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from kv.flash import FLASH
+from flash_dims import FLASH
 
 from ds4.kv.cache import KVCache
 from ds4.kv.rows import FloatRow, PackedKey, PackedRow

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension, f32 (spec model.md 2.1); no weight: none."""
-    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    y = x * (x * x).sum(-1, keepdim=True).mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
     return y if weight is None else y * weight
 
 

@@ -90,7 +90,7 @@ def _moe_decode(
     for r, s, expert in slots:
         torch.mv(dense_concat((expert.w1, expert.w3)), xq[r], out=gate_up[r, s])
     gate, up = numerics.rd(gate_up).chunk(2, dim=-1)
-    slot_weights = torch.cat((weights, torch.ones_like(weights[:, :1])), dim=1)
+    slot_weights = F.pad(weights, (0, 1), value=1.0)
     a = _round_act(numerics.rd(swiglu(gate, up, limit) * slot_weights.unsqueeze(-1)), numerics)
     out = x.new_zeros(n, n_slots, d)
     for r, s, expert in slots:

@@ -12,21 +12,20 @@ from torch import Tensor
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 _E4M3_AMAX_FLOOR = 1e-4
+_F32_SIGN_AND_E4M3 = -0x80000000 | 0x07F00000
 _E2M1_AMAX_FLOOR = 6 * 2.0**-126
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def e8m0_to_f32(exponent: Tensor) -> Tensor:
     """``2^(byte - 127)`` of u8 ``exponent``; byte 0 gives 2^-127 (a denormal), as the format defines."""
-    bits = exponent.to(torch.int32) << 23
-    return torch.where(bits == 0, 0x00400000, bits).view(torch.float32)
+    return (exponent.to(torch.int32) << 23).clamp_min_(0x00400000).view(torch.float32)
 
 
 def pow2_ceil_exponent(amax: Tensor, grid_max: float) -> Tensor:
     """Biased exponent (i32, an E8M0 byte) of the smallest power of two >= ``amax * fp32(1 / grid_max)``."""
-    ratio = amax * torch.tensor(1.0 / grid_max, dtype=torch.float32)
-    bits = ratio.view(torch.int32)
-    return (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
+    # A Python scalar enters FP32 arithmetic rounded to FP32; a non-zero mantissa carries into the exponent.
+    return ((amax * (1.0 / grid_max)).view(torch.int32) + 0x7FFFFF) >> 23
 
 
 def quantize_e4m3(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -45,9 +44,9 @@ def e4m3_to_f32(codes: Tensor) -> Tensor:
     The seven value bits are placed at the top of an f32's exponent and mantissa; one multiplication by 2^120 mends
     the bias and normalises subnormals exactly. NaN codes (0x7f, 0xff) do not occur in what ds4 stores.
     """
-    bits = codes.view(torch.uint8).to(torch.int32)
-    magnitude = ((bits & 0x7F) << 20).view(torch.float32) * 2.0**120
-    return torch.where(bits >= 128, -magnitude, magnitude)
+    # Sign-extended, so that one shift and one mask leave the sign at bit 31 and the value bits at 26..20.
+    bits = (codes.view(torch.int8).to(torch.int32) << 20) & _F32_SIGN_AND_E4M3
+    return bits.view(torch.float32) * 2.0**120
 
 
 def dequantize_e4m3(codes: Tensor, exponent: Tensor, block: int) -> Tensor:
