@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ class Session:
         logits = torch.empty(0)
         for i in range(0, len(ids), step):
             part = ids[i : i + step]
-            on_tile = None if progress is None else (lambda n, i=i: progress(i + n, len(ids)))
+            on_tile = partial(_report, progress, i, len(ids)) if progress else None
             logits = self.llm.model.prefill(part, self.position, self.cache, on_tile=on_tile)
             self.ids += part
         self._highest = self.position
@@ -132,7 +133,13 @@ class Session:
         ids = self._check(ids)
         if len(ids) > DECODE_ROWS:
             raise ValueError(f"a decode step takes at most {DECODE_ROWS} tokens, got {len(ids)}")
-        logits = self.llm.model.decode(ids, self.position, self.cache)
+        threads = torch.get_num_threads()
+        # Matrix-vector products gain nothing from a second thread, and the small operations between them lose.
+        torch.set_num_threads(1)
+        try:
+            logits = self.llm.model.decode(ids, self.position, self.cache)
+        finally:
+            torch.set_num_threads(threads)
         self.ids += ids
         self._highest = self.position
         return logits
@@ -226,12 +233,16 @@ class LLM:
     ) -> list[int]:
         """Token ids of a prompt: text or chat messages through the chat format, ``raw`` text, or ids as they are."""
         if not isinstance(prompt, str) and all(isinstance(i, int) for i in prompt):
-            return [int(i) for i in prompt]  # type: ignore[call-overload]
+            return [i for i in prompt if isinstance(i, int)]
         if self.tokenizer is None:
             raise Ds4Error(f"{self.path}: the checkpoint has no tokenizer; give token ids instead of text")
         if isinstance(prompt, str) and raw:
             return self.tokenizer.encode(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages = (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else [m for m in prompt if isinstance(m, dict)]
+        )
         text = encode_messages(
             messages, thinking=thinking, reasoning_effort=reasoning_effort, generation=self.generation
         )
@@ -248,7 +259,7 @@ class LLM:
         session: Session | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Piece | Statistics]:
-        """Yield pieces of text with their token ids as they come, then one :class:`Statistics`.
+        """Yield pieces of text with their token ids as they come, then one :class:`Statistics` (also after Ctrl-C).
 
         A ``session`` whose tokens begin the prompt is continued: only the rest is processed. Raises Ds4Error for a
         prompt that does not fit; generation that reaches the end of the context stops with reason "length".
@@ -286,6 +297,8 @@ class LLM:
                 if stats.generated_tokens >= params.max_tokens or session.position >= session.ctx:
                     break
                 logits = session.decode([token])[0]
+        except KeyboardInterrupt:
+            stats.finish_reason = "interrupted"
         finally:
             stats.decode_seconds = time.perf_counter() - decode_started
         tail = decoder.flush() if decoder else ""
@@ -293,6 +306,10 @@ class LLM:
             yield Piece(tail, [])
         stats.peak_memory_bytes = peak_memory_bytes()
         yield stats
+
+
+def _report(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def peak_memory_bytes() -> int:
