@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds4.weights.formats import block_scale
@@ -38,12 +39,10 @@ class PackedRow:
 
     def pack(self, x: Tensor) -> Tensor:
         """f32 ``[n, n_nope + n_rope]`` -> u8 ``[n, row_bytes]``; rounds to the row's grid."""
-        row = torch.zeros(x.shape[0], self.row_bytes, dtype=torch.uint8, device=x.device)
         codes, exponent = block_scale.quantize_e4m3(x[:, : self.n_nope], NOPE_BLOCK)
-        row[:, : self.n_nope] = codes.view(torch.uint8)
-        row[:, self.n_nope : self.n_nope + exponent.shape[1]] = exponent
-        row[:, self._rope_offset :] = x[:, self.n_nope :].to(torch.bfloat16).view(torch.uint8)
-        return row
+        exponent = F.pad(exponent, (0, self._rope_offset - self.n_nope - exponent.shape[1]))
+        rope = x[:, self.n_nope :].to(torch.bfloat16).view(torch.uint8)
+        return torch.cat((codes.view(torch.uint8), exponent, rope), dim=1)
 
     def unpack(self, row: Tensor) -> Tensor:
         """u8 ``[n, row_bytes]`` -> f32 ``[n, n_nope + n_rope]``; exact."""

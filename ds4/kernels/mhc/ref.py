@@ -53,16 +53,17 @@ def hc_sinkhorn(
 
 
 def _sinkhorn_rounds(comb: np.ndarray, iters: int, eps: float) -> None:
-    """The rounds in place, by the same operations in the same order (equal bit for bit).
+    """The rounds in place, in NumPy: the calls cost more than the arithmetic, and NumPy's cost a third of torch's.
 
-    A hundred calls on 4 x 4 matrices cost what the calls cost, and NumPy's cost a third of torch's: without this the
-    rounds are a quarter of a decode step.
+    (A quarter of a decode step otherwise.) ``eps`` is where each sum starts, which saves a third of the calls.
     """
-    add, tiny = np.add.reduce, np.float32(eps)
-    comb /= add(comb, 1, keepdims=True) + tiny
+    add, divide, tiny = np.add.reduce, np.divide, np.float32(eps)
+    n, m, _ = comb.shape
+    rows, columns = np.empty((n, m, 1), np.float32), np.empty((n, 1, m), np.float32)
+    divide(comb, add(comb, 1, None, columns, True, tiny), comb)
     for _ in range(iters - 1):
-        comb /= add(comb, 2, keepdims=True) + tiny
-        comb /= add(comb, 1, keepdims=True) + tiny
+        divide(comb, add(comb, 2, None, rows, True, tiny), comb)
+        divide(comb, add(comb, 1, None, columns, True, tiny), comb)
 
 
 def hc_expand(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
