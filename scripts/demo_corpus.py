@@ -54,7 +54,11 @@ def chat_renderer() -> Renderer:
 class Corpus:
     """The conversations: deterministic for a seed, endless, and split into a training and a held-out part."""
 
-    def __init__(self, seed: int = 0, renderer: Renderer | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, renderer: Renderer | None = None, weights: dict[str, float] | None = None
+    ) -> None:
+        """``weights``: other shares of the kinds among turns than ``WEIGHTS``."""
+        self.weights = WEIGHTS | (weights or {})
         self.seed = seed
         self.rng = random.Random(seed)
         self.renderer = renderer or chat_renderer()
@@ -64,7 +68,7 @@ class Corpus:
         if split not in ("train", "heldout"):
             raise ValueError(f"unknown split {split!r}: expected 'train' or 'heldout'")
         kinds = list(WEIGHTS) if split == "train" else list(HELDOUT_KINDS)
-        weights = [WEIGHTS[k] for k in kinds]
+        weights = [self.weights[k] for k in kinds]
         out: list[tuple[str, Turn]] = []
         for _ in range(rng.choices((1, 2, 3, 4), (60, 22, 11, 7))[0]):
             follow = out[-1][1].follow if out else ()

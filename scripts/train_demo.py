@@ -4,8 +4,8 @@
     python scripts/train_demo.py --resume --out ds4/demo/demo.gguf   # continue from the last checkpoint
 
 The network is ds4's own (``Transformer.forward_text``) under autograd; the text comes from ``demo_corpus.py``. Workers
-are plain processes, one core each, that share gradients through ``torch.distributed`` (gloo): the tensors are small, and
-two single-threaded workers are faster than one with two threads. From ``--qat-from`` on, the weights are seen through
+are plain processes, one core each, that share gradients through ``torch.distributed`` (gloo): the tensors are small,
+and two single-threaded workers are faster than one with two threads. From ``--qat-from`` on, the weights are seen through
 the formats they are shipped in (experts NVFP4, matrices Q8_0), gradients passing straight through.
 
 The MTP block is trained with the trunk from ``--mtp-from`` on: the pair (streams at p, token p + 1) sits at position p
@@ -242,7 +242,7 @@ class Trainer:
                 self.roundings[name] = rounding(w, name)
             delta = self.roundings.get(name) if quantised else None
             tensors[name] = w if delta is None else w + delta
-        # One file for trunk and MTP block has one stream collapse (llama.cpp reads it so): the block shares the trunk's.
+        # One file for trunk and MTP block has one stream collapse (llama.cpp reads it so): the block shares it.
         tensors |= {f"mtp.0.hc_head_{part}": tensors[f"hc_head_{part}"] for part in ("fn", "scale", "base")}
         params = TensorParams(tensors)
         # Few Sinkhorn rounds are close to twenty and much cheaper under autograd; the last part trains the real number.
@@ -317,11 +317,17 @@ class Trainer:
             pairs
         )
 
-    def state(self, step: int) -> dict[str, object]:
+    def state(self, step: int, tok: Tokenizer) -> dict[str, object]:
+        """Everything a checkpoint holds; the tokenizer only to notice that the corpus was changed under it."""
         params = {n: p.detach() for n, p in self.params.items()}
-        return {"step": step, "params": params, "fixed": self.fixed, "opt": self.optimizer.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        return {"step": step, "params": params, "fixed": self.fixed, "opt": optimizer, "tokenizer": tok.to_str()}
 
-    def restore(self, state: dict) -> int:
+    def restore(self, path: Path, tok: Tokenizer) -> int:
+        """Load a checkpoint; the number of steps it has behind it."""
+        state = torch.load(path, weights_only=True)
+        if state.get("tokenizer", tok.to_str()) != tok.to_str():
+            raise SystemExit(f"{path}: the corpus has changed since, and its tokenizer with it; train from the start")
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(state["params"][name])
@@ -347,13 +353,13 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     tok = make_tokenizer()
     trainer = Trainer(args, rank)
     checkpoint = args.work / "checkpoint.pt"
-    first = trainer.restore(torch.load(checkpoint, weights_only=True)) if args.resume and checkpoint.exists() else 0
-    corpus = Corpus(SEED)
+    first = trainer.restore(checkpoint, tok) if args.resume and checkpoint.exists() else 0
+    corpus = Corpus(SEED, weights={"story": args.story})
     # The seed names the starting step, so that a resumed run sees fresh text instead of the first texts again.
     short = batches(corpus, tok, args.seq, args.batch // args.workers, 1000 * first + rank)
     long_rows = max(1, args.batch // (2 * args.workers))
     long = batches(corpus, tok, 2 * args.seq, long_rows, 1000 * first + 500 + rank)
-    held = torch.from_numpy(next(batches(Corpus(SEED), tok, args.seq, 16, 7, split="heldout")))
+    held = torch.from_numpy(next(batches(Corpus(SEED), tok, 2 * args.seq, 16, 7, split="heldout")))
     start, tokens = time.monotonic(), 0
     for step in range(first, args.steps):
         rows = torch.from_numpy(next(long if step >= args.long_from * args.steps else short))
@@ -368,7 +374,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
                 flush=True,
             )
         if rank == 0 and (step % 100 == 99 or step == args.steps - 1):
-            torch.save(trainer.state(step + 1), checkpoint.with_suffix(".tmp"))
+            torch.save(trainer.state(step + 1, tok), checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
             a, b = trainer.heldout(held)
             print(f"step {step + 1}  held-out loss {a:.4f}  MTP {b:.4f}", flush=True)
@@ -395,7 +401,7 @@ def main() -> None:
     p.add_argument("--work", type=Path, default=Path("train"), help="folder of the checkpoint (default: train)")
     p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
     p.add_argument("--export-only", action="store_true", help="write --out from the checkpoint without training")
-    p.add_argument("--steps", type=int, default=800)
+    p.add_argument("--steps", type=int, default=1300)
     p.add_argument("--batch", type=int, default=8, help="texts of --seq tokens a step, all workers together")
     p.add_argument("--seq", type=int, default=256)
     p.add_argument("--layers", type=int, default=3)
@@ -404,18 +410,20 @@ def main() -> None:
     p.add_argument(
         "--mtp-from", type=float, default=0.3, help="share of the steps after which the MTP block trains too"
     )
-    p.add_argument("--qat-from", type=float, default=0.6, help="share of the steps after which weights are quantised")
+    p.add_argument("--qat-from", type=float, default=0.88, help="share of the steps after which weights are quantised")
     p.add_argument(
-        "--long-from", type=float, default=0.8, help="share of the steps after which texts are twice as long"
+        "--long-from", type=float, default=0.0, help="share of the steps after which texts are twice as long"
     )
+    p.add_argument("--story", type=float, default=0.1, help="share of stories among turns (they are long)")
     p.add_argument("--bias-speed", type=float, default=2e-3, help="step of the router's selection bias")
     p.add_argument("--port", type=int, default=29611, help="local port on which the workers meet")
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.export_only:
         trainer = Trainer(args, 0)
-        trainer.restore(torch.load(args.work / "checkpoint.pt", weights_only=True))
-        export(trainer, make_tokenizer(), args.out)
+        tok = make_tokenizer()
+        trainer.restore(args.work / "checkpoint.pt", tok)
+        export(trainer, tok, args.out)
         return
     if args.workers > 1:
         mp.spawn(worker, (args,), nprocs=args.workers)
