@@ -5,8 +5,8 @@
 
 The network is ds4's own (``Transformer.forward_text``) under autograd; the text comes from ``demo_corpus.py``. Workers
 are plain processes, one core each, that share gradients through ``torch.distributed`` (gloo): the tensors are small,
-and two single-threaded workers are faster than one with two threads. From ``--qat-from`` on, the weights are seen through
-the formats they are shipped in (experts NVFP4, matrices Q8_0), gradients passing straight through.
+and two single-threaded workers are faster than one with two threads. From ``--qat-from`` on, the weights are seen
+through the formats they are shipped in (experts NVFP4, matrices Q8_0), gradients passing straight through.
 
 The MTP block is trained with the trunk from ``--mtp-from`` on: the pair (streams at p, token p + 1) sits at position p
 and predicts token p + 2 (spec model.md 7.1); its loss counts 0.3 and does reach the trunk. The block shares the trunk's

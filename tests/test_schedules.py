@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def digest(session: Session) -> str:
     return h.hexdigest()
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(prompt: int) -> tuple[torch.Tensor, list[torch.Tensor], list[str]]:
     """Prefill logits, logits of each generated token, and the state's digest after each (the prompt's first)."""
     session = llm().session()
@@ -60,7 +60,7 @@ def plain(prompt: int) -> tuple[torch.Tensor, list[torch.Tensor], list[str]]:
     return first, rows, digests
 
 
-@lru_cache(maxsize=None)
+@cache
 def base(position: int) -> Session:
     """A session whose first ``position`` tokens were prefilled at once; copied, so that schedules can be short."""
     session = llm().session()

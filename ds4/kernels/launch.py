@@ -1,7 +1,7 @@
 """Launch: which rows of a fixed-shape call carry tokens.
 
-A token at position p sits in row ``p % n_rows``, in the decode form (8 rows) as in the prefill form (128 rows). Two calls
-that compute the same token therefore run the same instructions on the same row, whatever else they compute:
+A token at position p sits in row ``p % n_rows``, in the decode form (8 rows) as in the prefill form (128 rows). Two
+calls that compute the same token therefore run the same instructions on the same row, whatever else they compute:
 bit-identity holds by construction and does not rest on how a BLAS library treats its rows.
 """
 

@@ -16,8 +16,8 @@ class Numerics:
 
     ``act_fp8``: activations of the linears that the official checkpoint stores in FP8 or FP4 are rounded to e4m3 with a
     power-of-two scale per 128. ``kv_fp8``: KV rows, 448 non-RoPE values, e4m3 per 64. ``kv_rope_bf16``: their RoPE part
-    in bf16; with both a row packs into 584 bytes. ``index_rotate`` / ``index_fp4``: Hadamard rotation and FP4 rounding of
-    indexer queries and keys. ``bf16``: the official code's bf16 rounding points everywhere else.
+    in bf16; with both a row packs into 584 bytes. ``index_rotate`` / ``index_fp4``: Hadamard rotation and FP4 rounding
+    of indexer queries and keys. ``bf16``: the official code's bf16 rounding points everywhere else.
     """
 
     act_fp8: bool = False

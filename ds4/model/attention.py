@@ -142,7 +142,7 @@ class Attention:
         return rows
 
     def _pool_rows(self, entries: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
-        """Compressed rows up to the end of the tile, with the tile's own added to the pool; zeros where there is none."""
+        """Compressed rows up to the end of the tile, its own added to the pool; zeros where there is none."""
         if cache is None:
             return entries
         assert cache.pool is not None

@@ -16,7 +16,7 @@ from ds4.model.params import Params, small
 
 
 class Residual(NamedTuple):
-    """Residual streams f32 ``[n, m, d]`` with the last sublayer's output not yet mixed in (resolved at the next boundary).
+    """Residual streams f32 ``[n, m, d]`` with the last sublayer's output not yet mixed in (the next boundary does it).
 
     ``y`` f32 ``[n, d]``, ``post`` f32 ``[n, m]``, ``comb`` f32 ``[n, m, m]``; all None before the first sublayer.
     """

@@ -19,7 +19,9 @@ class Compressor:
     Its projections are part of the layer's ``proj_in``; here are the position bias, the pooling and the norm.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, prefix: str, ratio: int, width: int, *, indexer: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, params: Params, prefix: str, ratio: int, width: int, *, indexer: bool
+    ) -> None:
         self.ratio = ratio
         self.width = width
         self.overlap = ratio == 4

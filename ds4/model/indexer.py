@@ -30,7 +30,9 @@ class Indexer:
         q = proj(qr, self.wq_b, ctx.numerics, ctx.rows).unflatten(1, (self.n_heads, self.width))
         return index_query(q, ctx.cis_compressed, ctx.numerics)
 
-    def select_prefill(self, qr: Tensor, weights: Tensor, ctx: Context, cache: LayerCache | None, keys: Tensor) -> Tensor:
+    def select_prefill(
+        self, qr: Tensor, weights: Tensor, ctx: Context, cache: LayerCache | None, keys: Tensor
+    ) -> Tensor:
         """Mask bool ``[n_rows, n_entries]`` over all entries up to the end of the tile.
 
         qr f32 ``[n_rows, q_lora]``; weights f32 ``[n_rows, h]`` raw; keys f32 ``[n_rows / 4, width]`` of this tile.

@@ -48,5 +48,13 @@ class MoE:
         )
         live = slice(None) if ctx.launch.decode else ctx.launch.row_slice
         return moe(
-            x, ids, weights, self.experts, self.shared, limit=self.limit, numerics=ctx.numerics, rows=ctx.rows, live=live
+            x,
+            ids,
+            weights,
+            self.experts,
+            self.shared,
+            limit=self.limit,
+            numerics=ctx.numerics,
+            rows=ctx.rows,
+            live=live,
         )

@@ -46,7 +46,7 @@ class Transformer:
         return RowFormats.of(self.config, kv_fp8=n.kv_fp8, kv_rope_bf16=n.kv_rope_bf16, index_fp4=n.index_fp4)
 
     def new_cache(self, ctx: int) -> KVCache:
-        """Empty state for ``ctx`` tokens, with room for the whole last tile of a prefill."""
+        """Empty state for ``ctx`` tokens."""
         return KVCache(self.config, self.formats(), ctx)
 
     def _context(self, launch: Launch, ids: Sequence[int]) -> Context:

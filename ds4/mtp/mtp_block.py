@@ -63,7 +63,7 @@ class MTPBlock:
         return head(x, self.norm, self.trunk.head_weight, norm_eps=c.rms_norm_eps, numerics=n, rows=rows)
 
     def forward_text(self, h: Tensor, next_ids: Tensor) -> Tensor:
-        """Differentiable logits f32 ``[n, vocab]`` of a whole text: h ``[n, m, d]``, next_ids i64 ``[n]`` (x_1 .. x_n)."""
+        """Differentiable logits f32 ``[n, vocab]`` of a text: h ``[n, m, d]``, next_ids i64 ``[n]`` (x_1 .. x_n)."""
         launch = Launch.prefill_tile(0, h.shape[0], n_rows=h.shape[0])
         ctx = make_context(self.config, self.trunk.rope, self.trunk.numerics, launch, next_ids)
         return self.logits(self.streams(h, ctx, None))

@@ -95,7 +95,9 @@ def test_without_yarn_and_without_drafts(tmp_path: Path) -> None:
 
 def test_draft_block_without_its_own_collapse_becomes_a_llama_cpp_block(tmp_path: Path) -> None:
     shared = [
-        (n, v, "f32" if v.is_floating_point() else "i32") for n, v in TENSORS.items() if not n.startswith("mtp.0.hc_head")
+        (n, v, "f32" if v.is_floating_point() else "i32")
+        for n, v in TENSORS.items()
+        if not n.startswith("mtp.0.hc_head")
     ]
     path = save(tmp_path / "a.gguf", tensors=shared)
     fields = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}

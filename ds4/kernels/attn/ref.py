@@ -24,7 +24,8 @@ def query(q: Tensor, cis: Tensor, eps: float, numerics: Numerics) -> Tensor:
 def attend(q: Tensor, kv: Tensor, sink: Tensor, mask: Tensor | None, numerics: Numerics) -> Tensor:
     """``o = sum_i e^(s_i - m) v_i / (sum_i e^(s_i - m) + e^(sink - m))``, K = V = ``kv``, scale ``d^-0.5``.
 
-    q f32 ``[n, h, d]``, kv f32 ``[r, d]``, sink f32 ``[h]``, mask bool ``[n, r]`` (True: attended) or None -> f32 ``[n, h, d]``.
+    q f32 ``[n, h, d]``, kv f32 ``[r, d]``, sink f32 ``[h]``, mask bool ``[n, r]`` (True: attended) or None; result
+    f32 ``[n, h, d]``.
     """
     n, h, d = q.shape
     scores = (q.reshape(n * h, d) @ kv.T).view(n, h, -1) * d**-0.5

@@ -23,7 +23,7 @@ def hc_head(
     numerics: Numerics,
     rows: Rows = None,
 ) -> Tensor:
-    """Weighted sum of the streams f32 ``[n, m, d]`` -> ``[n, d]``: ``sigmoid(mix * scale + base) + hc_eps``, no Sinkhorn."""
+    """Weighted sum of streams f32 ``[n, m, d]`` -> ``[n, d]``, weights ``sigmoid(mix * scale + base) + hc_eps``."""
     weights = torch.sigmoid(hc_mix(streams, fn, norm_eps, rows) * scale + base) + hc_eps
     return numerics.rd(hc_collapse(streams, weights))
 

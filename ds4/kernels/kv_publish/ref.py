@@ -12,7 +12,7 @@ CSA_RATIO = 4
 
 
 def ring_write(ring: Tensor, start: int, values: Tensor) -> None:
-    """Store ``values`` ``[n, ...]`` of positions ``start ..`` in ``ring`` ``[slots, ...]``; the last ``slots`` survive."""
+    """Store ``values`` ``[n, ...]`` of positions ``start ..`` in ``ring`` ``[slots, ...]``; only the last fit."""
     slots = ring.shape[0]
     n = values.shape[0]
     keep = min(n, slots)
@@ -40,8 +40,8 @@ def ring_read(ring: Tensor, start: int, end: int) -> Tensor:
 def pool_csa(kv: Tensor, score: Tensor, first_entry: int) -> Tensor:
     """Overlapping compressor, ratio 4: f32 ``[4 (n + 1), 2 d]`` each -> ``[n, d]``.
 
-    ``kv`` / ``score`` are the raw rows of the window before entry ``first_entry`` and of the ``n`` windows after it, ape
-    already added. Entry e pools 8 candidates a channel: the first half columns of window e - 1, then the second half of
+    ``kv`` / ``score`` are the raw rows of the window before entry ``first_entry`` and of the ``n`` windows after it,
+    ape already added. Entry e pools 8 candidates a channel: the first half columns of window e - 1, then the second half of
     window e; entry 0 has no window before it (weight 0).
     """
     d = kv.shape[1] // 2

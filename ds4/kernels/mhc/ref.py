@@ -60,10 +60,10 @@ def _sinkhorn_rounds(comb: np.ndarray, iters: int, eps: float) -> None:
     add, divide, tiny = np.add.reduce, np.divide, np.float32(eps)
     n, m, _ = comb.shape
     rows, columns = np.empty((n, m, 1), np.float32), np.empty((n, 1, m), np.float32)
-    divide(comb, add(comb, 1, None, columns, True, tiny), comb)
+    divide(comb, add(comb, 1, out=columns, keepdims=True, initial=tiny), comb)
     for _ in range(iters - 1):
-        divide(comb, add(comb, 2, None, rows, True, tiny), comb)
-        divide(comb, add(comb, 1, None, columns, True, tiny), comb)
+        divide(comb, add(comb, 2, out=rows, keepdims=True, initial=tiny), comb)
+        divide(comb, add(comb, 1, out=columns, keepdims=True, initial=tiny), comb)
 
 
 def hc_expand(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ def mhc_boundary(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything between two sublayers: finish the previous one, mix, collapse, norm.
 
-    y f32 ``[n, d]`` output of the previous sublayer with its ``post`` ``[n, m]`` and ``comb`` ``[n, m, m]``, or None at the
-    first boundary; streams f32 ``[n, m, d]``; fn f32 ``[(2 + m) m, m d]``; norm f32 ``[d]``.
+    y f32 ``[n, d]`` output of the previous sublayer with its ``post`` ``[n, m]`` and ``comb`` ``[n, m, m]``, or None at
+    the first boundary; streams f32 ``[n, m, d]``; fn f32 ``[(2 + m) m, m d]``; norm f32 ``[d]``.
     Returns (streams, x, post, comb): the new streams and the normed input ``x`` ``[n, d]`` of the next sublayer.
     """
     if y is not None:

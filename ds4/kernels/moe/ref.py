@@ -36,7 +36,7 @@ def _round_act(x: Tensor, numerics: Numerics) -> Tensor:
 
 
 def _ffn(x: Tensor, expert: Expert, weight: Tensor | None, limit: float, numerics: Numerics) -> Tensor:
-    """One expert on f32 ``[n, d]`` in one matrix product; ``weight`` ``[n, 1]`` enters before w2 (its input is rounded)."""
+    """One expert on f32 ``[n, d]``; ``weight`` ``[n, 1]`` enters before w2, whose input is rounded."""
     rd = numerics.rd
     gate, up = F.linear(_round_act(x, numerics), dense_concat((expert.w1, expert.w3))).chunk(2, dim=1)
     a = swiglu(rd(gate), rd(up), limit)

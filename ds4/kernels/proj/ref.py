@@ -42,9 +42,14 @@ def proj(x: Tensor, w: Weight, numerics: Numerics, rows: Rows = None, *, act_fp8
 
 
 def proj_in(
-    x: Tensor, fp8: Sequence[Weight], bf16: Sequence[Weight], fp32: Sequence[Weight], numerics: Numerics, rows: Rows = None
+    x: Tensor,
+    fp8: Sequence[Weight],
+    bf16: Sequence[Weight],
+    fp32: Sequence[Weight],
+    numerics: Numerics,
+    rows: Rows = None,
 ) -> list[Tensor]:
-    """All projections of one sublayer input, in the order ``fp8``, ``bf16``, ``fp32``: f32 ``[n, k]`` -> ``[n, m_i]`` each.
+    """All projections of one sublayer input x f32 ``[n, k]``: f32 ``[n, m_i]`` each, ``fp8``, ``bf16``, then ``fp32``.
 
     The groups say what the official code does: FP8 activations and bf16 results; bf16 both ways; fp32 results.
     """
