@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ds4 import __version__
 from ds4.cli_common import Options, model_options, one_line, sampling_options
 from ds4.errors import Ds4Error
 
@@ -46,16 +47,10 @@ class OneLineErrors(click.Group):
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    """Callback of --version; the metadata is only read when asked for."""
+    """Callback of --version."""
     if not wanted or context.resilient_parsing:
         return
-    from importlib import metadata
-
-    try:
-        version = metadata.version("ds4")
-    except metadata.PackageNotFoundError:  # run from a clone
-        version = "(not installed)"
-    click.echo(f"ds4 {version}")
+    click.echo(f"ds4 {__version__}")
     context.exit()
 
 

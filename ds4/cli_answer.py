@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -144,27 +145,34 @@ def stream_answer(
         answer.interrupted = answer.finish_reason == "interrupted"
     except KeyboardInterrupt:
         answer.interrupted = True
+        with contextlib.suppress(KeyboardInterrupt, StopIteration):
+            item = stream.throw(KeyboardInterrupt())  # it came while a piece was printed: let the engine end properly
+            while isinstance(item, Piece):
+                item = next(stream)
+            answer.statistics = item
+            answer.token_ids = list(item.token_ids)
     finally:
         bar.close()
     take(parser.flush() if parser else [])
     return answer
 
 
-def statistics_lines(statistics: Statistics) -> list[str]:
-    """Two short lines for people."""
+def statistics_lines(statistics: Statistics, since_start: float | None = None) -> list[str]:
+    """Two short lines for people; ``since_start``: seconds from the program's start to the first token, if wanted."""
     s = statistics
+    first = f"{s.first_token_seconds:.2f} s" if since_start is None else f"{since_start:.2f} s from the start"
     cached = f" ({s.cached_tokens} cached)" if s.cached_tokens else ""
     return [
         f"{s.prompt_tokens} prompt tokens{cached}, {s.prompt_tokens_per_second:.1f} tokens/s; "
-        f"first token after {s.first_token_seconds or 0:.2f} s",
+        f"first token after {first}",
         f"{s.generated_tokens} tokens generated, {s.tokens_per_second:.1f} tokens/s ({s.finish_reason}); "
         f"peak memory {s.peak_memory_bytes / 2**20:,.0f} MiB",
     ]
 
 
-def print_statistics(statistics: Statistics | None) -> None:
+def print_statistics(statistics: Statistics | None, since_start: float | None = None) -> None:
     """To standard error, dim on a terminal."""
-    for line in statistics_lines(statistics) if statistics else []:
+    for line in statistics_lines(statistics, since_start) if statistics else []:
         click.secho(line, err=True, dim=True)
 
 
@@ -193,7 +201,7 @@ def generate_command(prompt: str, options: Options, *, raw: bool, as_json: bool)
         click.echo(json.dumps(_record(llm, prompt, options, answer), ensure_ascii=True))
     else:
         printer.end()
-        print_statistics(answer.statistics)
+        print_statistics(answer.statistics, answer.seconds_to_first_token)
     if answer.interrupted:
         sys.exit(130)
 

@@ -33,6 +33,8 @@ class Conversation:
     """Reads lines and answers them until /quit or the end of input."""
 
     def __init__(self, llm: LLM, options: Options) -> None:
+        if llm.tokenizer is None:
+            raise Ds4Error(f"{llm.path}: the checkpoint has no tokenizer, so it cannot chat")
         self.llm = llm
         self.options = options
         self.think = options.think
@@ -47,7 +49,7 @@ class Conversation:
             import readline  # noqa: F401 - line editing and history for input()
         terminal = sys.stdin.isatty()
         if terminal:
-            click.secho(f"{self.llm.path}: /help lists the commands, Ctrl-D quits", err=True, dim=True)
+            self._say(f"{self.llm.path}: /help lists the commands, Ctrl-D quits")
         while True:
             try:
                 line = input("> " if terminal else "").strip()
@@ -81,10 +83,13 @@ class Conversation:
             if argument not in ("", "low", "high", "max"):
                 raise Ds4Error(f"/think takes low, high or max, not {argument}")
             self.think, self.effort = True, argument or self.effort
+            self._say(f"reasoning is on, effort {self.effort}" if self.effort else "reasoning is on")
         elif name == "/nothink":
             self.think, self.effort = False, None
+            self._say("reasoning is off")
         elif name == "/reset":
             self.messages, self.spoken = self.options.first_messages(), []
+            self._say("the conversation is forgotten")
         elif name == "/save":
             if not argument:
                 raise Ds4Error("/save needs the name of a file")
@@ -99,6 +104,11 @@ class Conversation:
         finished = False
         try:
             ids = self._prompt_ids()
+            if len(ids) > self.options.ctx:
+                raise Ds4Error(
+                    f"the conversation has grown to {len(ids)} tokens, the context holds {self.options.ctx}; "
+                    "/reset starts a new one"
+                )
             got = stream_answer(
                 self.llm,
                 ids,
@@ -122,6 +132,7 @@ class Conversation:
             self.messages.append(message | ({"reasoning_content": got.reasoning} if got.reasoning else {}))
         else:
             self.messages.pop()
+            self.spoken = []  # the session has heard a question that is no longer asked
         print_statistics(got.statistics)
 
     def _prompt_ids(self) -> list[int]:
@@ -154,7 +165,10 @@ class Conversation:
             write_atomically(path, text)
         except OSError as error:
             raise Ds4Error(f"{path}: {error.strerror or error}") from None
-        click.echo(f"{len(self.messages)} messages saved to {path}", err=True)
+        self._say(f"{len(self.messages)} messages saved to {path}")
+
+    def _say(self, message: str) -> None:
+        click.secho(message, err=True, dim=True)
 
     def _complain(self, message: str) -> None:
         click.echo(f"ds4: error: {one_line(message)}", err=True)

@@ -25,11 +25,19 @@ def one_line(message: str) -> str:
 class FiniteRange(click.FloatRange):
     """A float range that takes neither NaN nor infinity."""
 
+    name = "number"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class WholeRange(click.IntRange):
+    """An integer range under a name that reads well in "'x' is not a valid ..."."""
+
+    name = "whole number"
 
 
 def _with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -45,26 +53,40 @@ def _with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 model_options = _with_options(
     click.option("-m", "--model", metavar="PATH", help="Checkpoint; the bundled small model if left out."),
-    click.option("--ctx", type=click.IntRange(1), default=8192, metavar="N", help="Context in tokens (8192)."),
+    click.option("--ctx", type=WholeRange(1), default=8192, metavar="N", help="Context in tokens (8192)."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run (auto)."),
-    click.option("--numerics", type=click.Choice(["official", "serve", "exact"]), help="Which roundings to imitate."),
+    click.option(
+        "--numerics", type=click.Choice(["official", "serve", "exact"]), help="Which roundings to imitate (serve)."
+    ),
 )
 
 # The ranges are those of SamplingParams.
 sampling_options = _with_options(
-    click.option(
-        "-n", "--max-tokens", type=click.IntRange(1), default=512, metavar="N", help="At most N tokens (512)."
-    ),
+    click.option("-n", "--max-tokens", type=WholeRange(1), default=512, metavar="N", help="At most N tokens (512)."),
     click.option("--temp", type=FiniteRange(0), default=0.0, metavar="X", help="Temperature; 0 (default) is greedy."),
-    click.option("--top-k", type=click.IntRange(0), default=0, metavar="N", help="Only the N likeliest; 0 is off."),
+    click.option("--top-k", type=WholeRange(0), default=0, metavar="N", help="Only the N likeliest; 0 is off."),
     click.option(
-        "--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0, metavar="X", help="Only the likeliest, to sum X."
+        "--top-p",
+        type=FiniteRange(0, 1, min_open=True),
+        default=1.0,
+        metavar="X",
+        help="Only the likeliest that sum to X; 1 is off.",
     ),
-    click.option("--min-p", type=FiniteRange(0, 1), default=0.0, metavar="X", help="At least X times the likeliest."),
     click.option(
-        "--repeat-penalty", type=FiniteRange(0, min_open=True), default=1.0, metavar="X", help="Above 1: repeat less."
+        "--min-p",
+        type=FiniteRange(0, 1),
+        default=0.0,
+        metavar="X",
+        help="Only those at least X times as likely as the likeliest; 0 is off.",
     ),
-    click.option("--seed", type=click.IntRange(0), metavar="N", help="For the same draws again."),
+    click.option(
+        "--repeat-penalty",
+        type=FiniteRange(0, min_open=True),
+        default=1.0,
+        metavar="X",
+        help="Above 1: repeat less; 1 is off.",
+    ),
+    click.option("--seed", type=WholeRange(0), metavar="N", help="Makes the draws repeatable."),
     click.option("--think/--no-think", default=False, help="Reason before the answer, or not (default)."),
     click.option("--effort", type=click.Choice(["low", "high", "max"]), help="How much to reason; needs --think."),
     click.option("--system", metavar="TEXT", help="System message."),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from ds4.kv.spec import cache_bytes
 from ds4.model.transformer import Transformer
 from ds4.sampling import Sampler, SamplingParams
 from ds4.text.chat import chat_generation, encode_messages
+from ds4.text.templates import Generation
 from ds4.text.tokenizer import StreamDecoder, Tokenizer
 from ds4.weights.checkpoint import open_checkpoint
 
@@ -110,19 +112,24 @@ class Session:
         """Process prompt tokens in the prefill form; logits f32 ``[vocab]`` of the last one.
 
         ``chunk`` tokens at a time (None: all at once); the result does not depend on it. Raises Ds4Error when the
-        tokens do not fit the context.
+        tokens do not fit the context. Broken off (Ctrl-C, an error in ``progress``), it leaves the session empty.
         """
         ids = self._check(ids)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {chunk}")
         step = chunk or len(ids)
         logits = torch.empty(0)
-        for i in range(0, len(ids), step):
-            part = ids[i : i + step]
-            on_tile = partial(_report, progress, i, len(ids)) if progress else None
-            logits = self.llm.model.prefill(part, self.position, self.cache, on_tile=on_tile)
-            self.ids += part
-        self._highest = self.position
+        try:
+            for i in range(0, len(ids), step):
+                part = ids[i : i + step]
+                on_tile = partial(_report, progress, i, len(ids)) if progress else None
+                logits = self.llm.model.prefill(part, self.position, self.cache, on_tile=on_tile)
+                self.ids += part
+        except BaseException:  # rings have lost what the old position needs; position 0 needs nothing of them
+            self.ids.clear()
+            raise
+        finally:
+            self._highest = self.position
         if progress is not None:
             progress(len(ids), len(ids))
         return logits
@@ -203,7 +210,7 @@ class LLM:
         return self._tokenizer
 
     @property
-    def generation(self) -> str:
+    def generation(self) -> Generation:
         """Which effort levels the chat format has: "preview" or "0731" (spec chat.md 2.4)."""
         template = self.checkpoint.metadata.get("tokenizer.chat_template")
         name = str(self.checkpoint.metadata.get("general.name", self.path.name))
@@ -232,17 +239,17 @@ class LLM:
         reasoning_effort: str | None = None,
     ) -> list[int]:
         """Token ids of a prompt: text or chat messages through the chat format, ``raw`` text, or ids as they are."""
-        if not isinstance(prompt, str) and all(isinstance(i, int) for i in prompt):
-            return [i for i in prompt if isinstance(i, int)]
+        messages: list[dict] = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, str):
+            messages = [m for m in prompt if isinstance(m, dict)]
+            if not messages:
+                return [operator.index(i) for i in prompt if not isinstance(i, dict)]
+            if len(messages) < len(prompt):
+                raise Ds4Error("prompt: it mixes chat messages with something else; give messages, token ids or text")
         if self.tokenizer is None:
             raise Ds4Error(f"{self.path}: the checkpoint has no tokenizer; give token ids instead of text")
         if isinstance(prompt, str) and raw:
             return self.tokenizer.encode(prompt)
-        messages = (
-            [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else [m for m in prompt if isinstance(m, dict)]
-        )
         text = encode_messages(
             messages, thinking=thinking, reasoning_effort=reasoning_effort, generation=self.generation
         )
@@ -258,7 +265,7 @@ class LLM:
         reasoning_effort: str | None = None,
         session: Session | None = None,
         progress: Progress | None = None,
-    ) -> Iterator[Piece | Statistics]:
+    ) -> Generator[Piece | Statistics, None, None]:
         """Yield pieces of text with their token ids as they come, then one :class:`Statistics` (also after Ctrl-C).
 
         A ``session`` whose tokens begin the prompt is continued: only the rest is processed. Raises Ds4Error for a
@@ -274,14 +281,15 @@ class LLM:
         stats.cached_tokens = session.position
         if session.ids != ids[: session.position] or session.position == len(ids):
             raise ValueError("the session's tokens are not a proper beginning of the prompt")
-        logits = session.prefill(ids[session.position :], progress=progress)
-        stats.prefill_seconds = time.perf_counter() - started
         stop = set(params.stop_token_ids) | (self.tokenizer.stop_ids if self.tokenizer else {self.config.eos_token_id})
         decoder = StreamDecoder(self.tokenizer, skip_special=True) if self.tokenizer else None
+        n_known = self.tokenizer.n_vocab if self.tokenizer else 0  # the model's vocabulary may be padded beyond it
         sampler = Sampler(params)
         history = list(ids)
         decode_started = time.perf_counter()
         try:
+            logits = session.prefill(ids[session.position :], progress=progress)
+            stats.prefill_seconds = time.perf_counter() - started
             while True:
                 token = sampler.sample(logits, history)
                 if not stats.generated_tokens:
@@ -293,14 +301,15 @@ class LLM:
                 if token in stop:
                     stats.finish_reason = "stop"
                     break
-                yield Piece(decoder.push(token) if decoder else "", [token])
+                yield Piece(decoder.push(token) if decoder and token < n_known else "", [token])
                 if stats.generated_tokens >= params.max_tokens or session.position >= session.ctx:
                     break
                 logits = session.decode([token])[0]
         except KeyboardInterrupt:
             stats.finish_reason = "interrupted"
         finally:
-            stats.decode_seconds = time.perf_counter() - decode_started
+            if stats.generated_tokens:
+                stats.decode_seconds = time.perf_counter() - decode_started
         tail = decoder.flush() if decoder else ""
         if tail:
             yield Piece(tail, [])

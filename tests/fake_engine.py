@@ -68,6 +68,7 @@ class LLM:
 
     script: list[Any] = ["Par", "is"]  # noqa: RUF012
     load_error: BaseException | None = None
+    tokenizer: Any = object()
     made: list[LLM] = []  # noqa: RUF012
 
     def __init__(self, path=None, *, device="auto", ctx=8192, numerics=None, draft=0) -> None:
@@ -117,7 +118,11 @@ class LLM:
                 finish = step[1:-1]
                 continue
             ids.append(100 + len(ids))
-            yield Piece(step, [ids[-1]])
+            try:
+                yield Piece(step, [ids[-1]])
+            except KeyboardInterrupt:
+                finish = "interrupted"
+                break
         yield Statistics(generated_tokens=len(ids), finish_reason=finish, token_ids=ids)
 
 

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import fake_engine
 import pytest
 from click.testing import CliRunner
 
+import ds4
 from ds4 import cli_answer
 from ds4.cli import main
 
@@ -45,7 +47,9 @@ def test_help_and_version():
         assert all(name in result.stdout for name in ("generate", "chat", "inspect", "Example"))
     result = run("--version")
     assert result.exit_code == 0
-    assert result.stdout.startswith("ds4 ")
+    assert result.stdout == f"ds4 {ds4.__version__}\n"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == ds4.__version__
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "inspect"])
@@ -79,7 +83,7 @@ def test_generate_streams_text_and_prints_statistics(engine):
     assert result.exit_code == 0
     assert result.stdout == "Paris\n"
     assert len(result.stderr.splitlines()) <= 2
-    for word in ("14 prompt tokens, 28.0 tokens/s", "0.60 s", "2 tokens generated, 20.0 tokens/s", "300 MiB"):
+    for word in ("14 prompt tokens, 28.0 tokens/s", "s from the start", "2 tokens generated, 20.0 tokens/s", "300 MiB"):
         assert word in result.stderr
     [made] = llm.made
     assert made.options == {"path": None, "device": "auto", "ctx": 8192, "numerics": None, "draft": 0}

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from fake_engine import EOS
 
 from ds4.cli import main
+from ds4.cli_answer import Printer
 from ds4.cli_chat import HELP, write_atomically
 from ds4.errors import Ds4Error
 
@@ -114,6 +115,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talk, end, sessions):
     assert len(llm.sessions) == sessions  # a step that was broken off leaves a session that nobody should use
 
 
+def test_ctrl_c_while_printing_keeps_statistics_and_session(talk, monkeypatch):
+    """Half of the time a Ctrl-C does not come while the engine computes."""
+    show, shown = Printer.show, []
+
+    def once(self, kind, text):
+        shown.append(text)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+        show(self, kind, text)
+
+    monkeypatch.setattr(Printer, "show", once)
+    result, llm = talk("one", "two", script=["Once", " upon", " a time"])
+    assert result.exit_code == 0
+    assert result.stderr.count("(interrupted)") == 1
+    assert llm.calls[1]["prompt"] == [user("one"), 100, 101, EOS, user("two")]
+    assert len(llm.sessions) == 1
+
+
 def test_ctrl_c_before_the_first_word_takes_the_question_back(talk):
     _, llm = talk("one", "two", script=[KeyboardInterrupt()])
     assert llm.calls[1]["prompt"] == [user("two")]
@@ -139,6 +158,35 @@ def test_error_in_a_turn_keeps_the_conversation(talk):
     assert result.exit_code == 0
     assert result.stderr == "ds4: error: the context is full: use /reset\n" * 2
     assert llm.calls[1]["prompt"] == [user("two")]
+
+
+def test_an_empty_answer_takes_its_question_back(talk):
+    _, llm = talk("one", "two", script=["<eos>"])
+    assert llm.calls[1]["prompt"] == [user("two")]
+
+
+def test_a_conversation_that_has_outgrown_the_context(talk):
+    result, llm = talk("one", "two", "/reset", "three", options=("--ctx", "4"))
+    assert len(llm.calls) == 2
+    assert "the conversation has grown to 6 tokens, the context holds 4; /reset starts a new one" in result.stderr
+
+
+def test_a_checkpoint_without_a_tokenizer_cannot_chat(talk, monkeypatch):
+    monkeypatch.setattr(fake_engine.LLM, "tokenizer", None)
+    result, _ = talk("one")
+    assert result.exit_code == 2
+    assert result.stderr == "ds4: error: bundled.gguf: the checkpoint has no tokenizer, so it cannot chat\n"
+
+
+def test_commands_say_what_they_did(talk):
+    result, _ = talk("/think", "/think max", "/nothink", "/reset")
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "reasoning is on",
+        "reasoning is on, effort max",
+        "reasoning is off",
+        "the conversation is forgotten",
+    ]
 
 
 def test_save(talk, tmp_path):

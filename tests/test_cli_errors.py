@@ -100,6 +100,11 @@ def test_bad_usage(engine, arguments, word):
     assert llm.made == []
 
 
+@pytest.mark.parametrize(("option", "kind"), [("--temp", "number"), ("--seed", "whole number")])
+def test_bad_numbers_are_called_by_a_name_people_use(engine, option, kind):
+    fails(run("generate", "hi", option, "x"), f"'{option}': 'x' is not a valid {kind}.")
+
+
 def test_standard_input_that_is_no_text(engine):
     fails(run("generate", stdin=b"abc\xff"), "standard input is not UTF-8 text (byte 3)")
 

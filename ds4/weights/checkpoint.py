@@ -6,17 +6,21 @@ Source:  spec weights.md 1, 3 and 5.
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds4.config import ModelConfig
 from ds4.errors import Ds4Error
-from ds4.weights import gguf, names, safetensors
+from ds4.weights import companions, gguf, names, safetensors
 from ds4.weights.formats import FORMATS
+from ds4.weights.formats.plain import elements
 from ds4.weights.storage import MappedFile, StoredTensor
 from ds4.weights.tensor import PackedTensor, row_count
 
@@ -29,6 +33,7 @@ class _View:
     expert  which part of an expert stack, or None
     half    0 or 1 for the left or right half of the columns, or None
     scale   the stored ``<base>.scale``, one multiplier an expert (or a single one), or None
+    parts   the stored block scales, where they are tensors of their own
     """
 
     stored: StoredTensor
@@ -36,6 +41,7 @@ class _View:
     expert: int | None = None
     half: int | None = None
     scale: StoredTensor | None = None
+    parts: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -93,7 +99,10 @@ class Checkpoint:
         if view.scale is not None:
             values = PackedTensor(view.scale.name, "f32", view.scale.shape, view.scale.data.view(1, -1)).dequantize()
             scale = float(values.flatten()[0 if values.numel() == 1 else view.expert or 0])
-        return PackedTensor(name, stored.format, view.shape, data, scale)
+            if not math.isfinite(scale):
+                raise Ds4Error(f"{self.path}: tensor {view.scale.name!r:.200} is not a finite number: {scale}")
+        parts = {role: _scales(part) for role, part in view.parts.items()}
+        return PackedTensor(name, stored.format, view.shape, data, scale, parts)
 
     def expect(self, name: str, shape: tuple[int, ...]) -> PackedTensor:
         """``tensor(name)``, after checking that it has this logical shape; Ds4Error names both shapes otherwise."""
@@ -109,7 +118,7 @@ class Checkpoint:
             raise Ds4Error(f"{self.path}: tensor {name} is missing")
         fmt = view.stored.format
         n_bytes = FORMATS[fmt].row_bytes(view.shape[-1] if view.shape else 1)
-        return fmt, view.shape, row_count(view.shape) * n_bytes
+        return fmt, view.shape, row_count(view.shape) * n_bytes + sum(part.nbytes for part in view.parts.values())
 
     def n_experts(self, prefix: str) -> int:
         """Routed experts of ``layers.N`` or ``mtp.S``: the rows of its router, which pruned models may shrink."""
@@ -123,6 +132,12 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all stored tensors, without headers and padding."""
         return sum(t.nbytes for t in self._stored)
+
+
+def _scales(part: StoredTensor) -> torch.Tensor:
+    """Block scales as PackedTensor holds them: f32, or uint8 for the 8-bit floats."""
+    data = part.data.view(part.shape[0], -1)
+    return elements(data, torch.float32) if part.nbytes == 4 * math.prod(part.shape) else data
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -168,10 +183,11 @@ def _open_safetensors(path: Path) -> Checkpoint:
     for name, shard_name in (weight_map or {}).items():
         if name not in stored and not safetensors.is_ignored(name):
             raise Ds4Error(f"{directory / shard_name}: tensor {name!r:.200} is missing, though the index lists it")
+    tensors, groups = companions.group(stored)
+    views = {n: _View(g.weight, g.weight.shape, scale=g.multiplier, parts=g.parts) for n, g in groups.items()}
     metadata = safetensors.read_json(config_file)
     config = ModelConfig.from_json(metadata, source=str(config_file), n_mtp_layers=_draft_stages(set(stored)))
-    views = {name: _View(tensor, tensor.shape) for name, tensor in stored.items()}
-    return Checkpoint(path, "safetensors", config, metadata, list(stored.values()), views, directory)
+    return Checkpoint(path, "safetensors", config, metadata, tensors, views, directory)
 
 
 _HC_HEAD = ("hc_head_fn", "hc_head_scale", "hc_head_base")

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from ds4.weights.tensor import PackedTensor
+from ds4.weights.tensor import PackedTensor, empty
 
 Weight = PackedTensor | Tensor
 
@@ -33,16 +33,8 @@ class DenseCache:
         if found is not None:
             self._entries.move_to_end(key)
             return found
-        if isinstance(key, tuple):
-            made = torch.empty(sum(w.shape[0] for w in key), key[0].shape[1])
-            row = 0
-            for w in key:
-                made[row : row + w.shape[0]] = w.dequantize()
-                row += w.shape[0]
-        else:
-            made = key.dequantize()
-        # Kept transposed: BLAS libraries stream a matrix-vector product over long rows better than over short ones.
-        made = made.t().contiguous().t()
+        weights = key if isinstance(key, tuple) else (key,)
+        made = _transposed(weights)
         size = made.numel() * made.element_size()
         if size <= self.budget_bytes:
             while self.used_bytes + size > self.budget_bytes:
@@ -51,6 +43,24 @@ class DenseCache:
             self._entries[key] = made
             self.used_bytes += size
         return made
+
+
+def _transposed(weights: tuple[PackedTensor, ...]) -> Tensor:
+    """f32 ``[sum(out), in]`` whose memory is ``[in, sum(out)]``.
+
+    Kept transposed: BLAS libraries stream a matrix-vector product over long rows better than over short ones.
+    """
+    n_cols = weights[0].shape[1]
+    first = weights[0].data
+    shape = (n_cols, sum(w.shape[0] for w in weights))
+    made = empty(shape) if first.device.type == "cpu" else torch.empty(shape, device=first.device)
+    start = 0
+    for w in weights:
+        for rows, tile in w.tiles():
+            # The detour over a transposed tile is faster than a strided copy of the tile.
+            made[:, start + rows.start : start + rows.stop] = tile.t().contiguous()
+        start += w.shape[0]
+    return made.t()
 
 
 CACHE = DenseCache()

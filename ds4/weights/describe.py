@@ -170,11 +170,13 @@ def _layers(ckpt: Checkpoint) -> dict[str, int]:
 
 
 def _types(ckpt: Checkpoint) -> list[dict[str, Any]]:
-    """Stored tensors by format, most bytes first."""
+    """Stored tensors by format, most bytes first; block scales count as bytes of the weights they belong to."""
     rows: dict[str, dict[str, Any]] = {}
     for tensor in ckpt.tensors():
-        row = rows.setdefault(tensor.format, {"format": tensor.format, "count": 0, "parameters": 0, "bytes": 0})
-        row["count"] += 1
-        row["parameters"] += math.prod(tensor.shape)
+        fmt, _, role = tensor.format.partition(".")
+        row = rows.setdefault(fmt, {"format": fmt, "count": 0, "parameters": 0, "bytes": 0})
+        if not role:
+            row["count"] += 1
+            row["parameters"] += math.prod(tensor.shape)
         row["bytes"] += tensor.nbytes
     return sorted(rows.values(), key=lambda row: -row["bytes"])

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ds4.errors import Ds4Error
+from ds4.weights.companions import RAW
 from ds4.weights.storage import MappedFile, StoredTensor, check_overlap
 
 INDEX = "model.safetensors.index.json"
 
 _FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "I32": "i32"}
+_FORMATS |= {dtype: raw for raw, dtype in RAW.items()}  # what they mean, their companions tell
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 _BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
@@ -47,6 +49,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_safetensors(file: MappedFile) -> list[StoredTensor]:
     """The tensors of one safetensors file, in file order, without the parts that ds4 ignores.
 
+    Those of 8-bit elements have a format of ``companions.RAW`` until they are grouped.
     Error:   Ds4Error naming the file, and the tensor where it is about one: a header past the end or malformed, bytes
              that do not match dtype and shape, overlaps, a dtype that ds4 does not read.
     """

@@ -43,7 +43,7 @@ class StoredTensor:
     """A tensor exactly as its file lists it.
 
     name    the file's own name for it
-    format  a key of ``FORMATS``
+    format  a key of ``FORMATS``; for the scales of another tensor, its format, a dot and what they are
     shape   logical and row-major, whatever order the file uses
     file, offset, nbytes  where its bytes are; checked to lie inside the file
     """

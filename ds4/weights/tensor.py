@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
+from ds4.errors import Ds4Error
 from ds4.weights.formats import FORMATS, INTEGER_FORMATS
+
+_TILE = 1 << 19  # weights decoded at a time on a CPU: few enough for the intermediate results to stay in its cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +25,9 @@ class PackedTensor:
     data     uint8 [n_rows, row_bytes]; rows are all dimensions but the last, flattened (1 row for vectors and
              scalars).  Straight from ``open_checkpoint`` it is a view of the read-only memory map: never write to it.
              It may be strided along rows (a column slice of a wider tensor); within a row it is dense.
-    scale    multiplier of every decoded value, 1 unless the format is nvfp4
+    scale    multiplier of every decoded value, 1 unless the format is nvfp4 or nvfp4_modelopt
+    parts    what the format keeps in tensors of their own, by the names in ``Format.parts``; block scales are
+             [ceil(n_rows / row_block), n], uint8 as stored (e8m0 or e4m3 bytes) or f32
     """
 
     name: str
@@ -28,11 +35,12 @@ class PackedTensor:
     shape: tuple[int, ...]
     data: torch.Tensor
     scale: float = 1.0
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Packed bytes of this tensor (of the slice, where it is one)."""
-        return self.data.numel()
+        """Packed bytes of this tensor (of the slice, where it is one) and its parts."""
+        return self.data.numel() + sum(part.numel() * part.element_size() for part in self.parts.values())
 
     def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
         """Decode to a new tensor on the device of ``data``.
@@ -41,24 +49,67 @@ class PackedTensor:
                  their own integer type)
         rows     part of the rows, for tensors of two dimensions; None means all
         returns  ``dtype`` [*shape], or [n_selected, shape[1]] with ``rows``
-        Error:   exact, but for a ``scale`` other than 1, which costs one float32 rounding.
+        Error:   exact, but for a ``scale`` other than 1, which costs one float32 rounding.  Ds4Error, naming the
+                 tensor, for block scales that are not finite.
         """
-        data, shape = self.data, self.shape
+        shape, n_rows = self.shape, self.data.shape[0]
+        first, last, step = 0, n_rows, 1
         if rows is not None:
             if len(shape) != 2:
                 raise ValueError(f"{self.name}: rows need a tensor of two dimensions, this one has shape {shape}")
-            data = data[rows]
-            shape = (data.shape[0], shape[1])
-        fmt = FORMATS[self.format]
-        values = fmt.dequantize(data, shape[-1] if shape else 1).reshape(shape)
+            first, last, step = rows.indices(n_rows)
+            if step != 1:
+                raise ValueError(f"{self.name}: rows must follow each other, not in steps of {step}")
+            last = max(first, last)
+            shape = (last - first, shape[1])
         if self.format in INTEGER_FORMATS:
-            return values
-        if self.scale != 1.0:
-            values *= self.scale
-        return values.to(dtype)
+            return self._decode(first, last).reshape(shape)
+        if self.data.device.type != "cpu" or (last - first) * self._n_cols <= 2 * _TILE:
+            return self._decode(first, last).reshape(shape).to(dtype)
+        values = empty((last - first, self._n_cols), dtype)
+        for part, tile in self.tiles(first, last):
+            values[part.start - first : part.stop - first] = tile
+        return values.view(shape)
+
+    def tiles(self, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Decode a part of the rows at a time: (rows, f32 [n, shape[-1]]), each within the cache of a CPU."""
+        last = self.data.shape[0] if last is None else last
+        n = max(1, _TILE // self._n_cols)
+        for row in range(first, last, n):
+            yield slice(row, min(row + n, last)), self._decode(row, min(row + n, last))
+
+    @property
+    def _n_cols(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+    def _decode(self, first: int, last: int) -> torch.Tensor:
+        """Rows first..last-1 as f32 (integer formats: as they are) [n, n_cols]."""
+        fmt = FORMATS[self.format]
+        parts = []
+        for name in fmt.parts:
+            part = self.parts[name]
+            if part.shape[0] != -(-self.data.shape[0] // fmt.row_block):
+                raise ValueError(f"{self.name}: {part.shape[0]} rows of {name} for {self.data.shape[0]} of data")
+            if fmt.row_block == 1:
+                part = part[first:last]
+            else:
+                part = part[torch.arange(first, last, device=part.device) // fmt.row_block]
+            parts.append(part)
+        try:
+            values = fmt.dequantize(self.data[first:last], self._n_cols, *parts)
+        except Ds4Error as error:
+            raise Ds4Error(f"tensor {self.name} ({self.format}) {error}") from None
+        return values if self.scale == 1.0 else values.mul_(self.scale)
 
     def __repr__(self) -> str:
         return f"PackedTensor({self.name!r}, {self.format}, {list(self.shape)}, {self.nbytes} bytes)"
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An uninitialised CPU tensor.  Its memory comes from numpy, which asks for huge pages where torch does not:
+    writing to fresh memory is then four times as fast."""
+    raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 def row_count(shape: tuple[int, ...]) -> int:

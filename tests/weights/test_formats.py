@@ -19,7 +19,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
-@pytest.mark.parametrize("name", ["q8_0", "nvfp4"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_k", "q6_k", "q2_k", "iq2_xxs", "mxfp4", "nvfp4"])
 def test_golden_blocks(golden: Path, name: str) -> None:
     data = np.load(golden / "quant" / f"{name}.npz")
     blocks, values = torch.from_numpy(data["blocks"]), torch.from_numpy(data["values"])
@@ -51,7 +51,9 @@ def test_random_blocks_equal_gguf_package(name: str) -> None:
 
 
 def test_registry_agrees_with_gguf_package() -> None:
-    for fmt in FORMATS.values():
+    ggml = [fmt for fmt in FORMATS.values() if fmt.ggml_type is not None]
+    assert sorted(set(FORMATS) - {fmt.name for fmt in ggml}) == ["fp8_block", "mxfp4_official", "nvfp4_modelopt"]
+    for fmt in ggml:
         kind = gguf.GGMLQuantizationType(fmt.ggml_type)
         assert gguf.GGML_QUANT_SIZES[kind] == (fmt.block, fmt.block_bytes)
         assert kind.name.lower() == fmt.name

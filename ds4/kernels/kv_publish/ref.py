@@ -41,8 +41,8 @@ def pool_csa(kv: Tensor, score: Tensor, first_entry: int) -> Tensor:
     """Overlapping compressor, ratio 4: f32 ``[4 (n + 1), 2 d]`` each -> ``[n, d]``.
 
     ``kv`` / ``score`` are the raw rows of the window before entry ``first_entry`` and of the ``n`` windows after it,
-    ape already added. Entry e pools 8 candidates a channel: the first half columns of window e - 1, then the second half of
-    window e; entry 0 has no window before it (weight 0).
+    ape already added. Entry e pools 8 candidates a channel: the first half columns of window e - 1, then the second
+    half of window e; entry 0 has no window before it (weight 0).
     """
     d = kv.shape[1] // 2
     windows_kv = kv.unflatten(0, (-1, CSA_RATIO))

@@ -28,8 +28,8 @@ def route(
     """Expert ids i64 ``[n, k]`` and weights f32 ``[n, k]`` of tokens x f32 ``[n, d]``.
 
     score = sqrt(softplus(x gate^T)), gate f32 ``[e, d]``. Bias-routed (``bias`` f32 ``[e]``): the k largest score +
-    bias, by falling value, ties to the lower id. Hash-routed: ``hash_ids`` i64 ``[n, k]`` from the token-id table. The bias
-    selects only; weights come from the unbiased scores.
+    bias, by falling value, ties to the lower id. Hash-routed: ``hash_ids`` i64 ``[n, k]`` from the token-id table. The
+    bias selects only; weights come from the unbiased scores.
     """
     scores = torch.sqrt(F.softplus(matmul_rows(x, gate, rows)))
     if hash_ids is not None:

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ds4.weights.formats import nvfp4, plain, q8_0
+from ds4.weights.formats import (
+    fp8_block,
+    iq2_xxs,
+    mxfp4,
+    nvfp4,
+    nvfp4_modelopt,
+    plain,
+    q2_k,
+    q4_k,
+    q6_k,
+    q8_0,
+)
 
 
 @dataclass(frozen=True)
@@ -25,15 +36,20 @@ class Format:
     quantize     (f32 [n_rows, n_cols]) -> uint8 [n_rows, row_bytes]; None where ds4 cannot write the format
     ggml_type    the type's id in a GGUF file, None where it has none
     multiplier   what the writer divides a whole tensor by before ``quantize`` and stores beside it, or None
+    parts        names of what lies in tensors of its own; ``dequantize`` takes them in this order after ``n_cols``,
+                 one row of each for a row of data
+    row_block    rows of data that share one row of a part
     """
 
     name: str
     block: int
     block_bytes: int
-    dequantize: Callable[[torch.Tensor, int], torch.Tensor]
+    dequantize: Callable[..., torch.Tensor]
     quantize: Callable[[torch.Tensor], torch.Tensor] | None = None
     ggml_type: int | None = None
     multiplier: Callable[[torch.Tensor], float] | None = None
+    parts: tuple[str, ...] = ()
+    row_block: int = 1
 
     def row_bytes(self, n_cols: int) -> int:
         """Bytes of one row of ``n_cols`` weights (a multiple of ``block``)."""
@@ -58,6 +74,20 @@ FORMATS = {
         _integers("i64", torch.int64, 27),
         Format("q8_0", q8_0.BLOCK, q8_0.BLOCK_BYTES, q8_0.dequantize, q8_0.quantize, 8),
         Format("nvfp4", nvfp4.BLOCK, nvfp4.BLOCK_BYTES, nvfp4.dequantize, nvfp4.quantize, 40, nvfp4.multiplier),
+        Format("mxfp4", mxfp4.BLOCK, mxfp4.BLOCK_BYTES, mxfp4.dequantize, ggml_type=39),
+        Format("q4_k", q4_k.BLOCK, q4_k.BLOCK_BYTES, q4_k.dequantize, ggml_type=12),
+        Format("q6_k", q6_k.BLOCK, q6_k.BLOCK_BYTES, q6_k.dequantize, ggml_type=14),
+        Format("q2_k", q2_k.BLOCK, q2_k.BLOCK_BYTES, q2_k.dequantize, ggml_type=10),
+        Format("iq2_xxs", iq2_xxs.BLOCK, iq2_xxs.BLOCK_BYTES, iq2_xxs.dequantize, ggml_type=16),
+        Format("mxfp4_official", mxfp4.BLOCK, mxfp4.OFFICIAL_BLOCK_BYTES, mxfp4.dequantize_official, parts=("scale",)),
+        Format("fp8_block", 1, 1, fp8_block.dequantize, parts=("scale",), row_block=fp8_block.TILE),
+        Format(
+            "nvfp4_modelopt",
+            nvfp4_modelopt.BLOCK,
+            nvfp4_modelopt.BLOCK_BYTES,
+            nvfp4_modelopt.dequantize,
+            parts=("scale",),
+        ),
     )
 }
 INTEGER_FORMATS = frozenset({"i32", "i64"})

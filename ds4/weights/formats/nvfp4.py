@@ -14,16 +14,12 @@ import math
 
 import torch
 
+from ds4.weights.formats.block_scale import decode_e2m1_pairs, join_nibbles, look_up
+
 BLOCK = 64
 BLOCK_BYTES = 36
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
-
-@functools.cache
-def _codes(device: torch.device) -> torch.Tensor:
-    """f32 [16]: the value of each e2m1 code; 8..15 are 0..7 negated, but 8 is +0 as in ggml's integer table."""
-    return torch.tensor(_E2M1 + tuple(0.0 - v for v in _E2M1), device=device)
 
 
 @functools.cache
@@ -39,12 +35,11 @@ def dequantize(data: torch.Tensor, n_cols: int) -> torch.Tensor:
     data     uint8 [n_rows, n_cols / 64 * 36], any strides
     returns  f32 [n_rows, n_cols], exact (2 by 4 significant bits)
     """
-    n_rows = data.shape[0]
-    blocks = data.reshape(n_rows, n_cols // BLOCK, BLOCK_BYTES)
-    scale = _scales(data.device)[blocks[..., :4].int()]
-    packed = blocks[..., 4:].reshape(n_rows, -1, 4, 8)
-    codes = torch.cat((packed & 15, packed >> 4), dim=-1)
-    return (_codes(data.device)[codes.int()] * scale.unsqueeze(-1)).reshape(n_rows, n_cols)
+    blocks = data.reshape(-1, BLOCK_BYTES)
+    scale = look_up(_scales(data.device), blocks[:, :4])
+    pairs = join_nibbles(blocks[:, 4:].reshape(-1, 8), 1)
+    values = decode_e2m1_pairs(pairs, negative_zero=False)
+    return values.view(-1, 4, 16).mul_(scale.unsqueeze(-1)).view(data.shape[0], n_cols)
 
 
 def quantize(x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +52,7 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
     wanted = groups.abs().amax(dim=-1) / 6
     # Above 464 the conversion to e4m3 gives not-a-number, so clamp to the largest finite value first.
     scale = wanted.clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8)
-    value = _scales(x.device)[scale.int()].unsqueeze(-1)
+    value = look_up(_scales(x.device), scale).unsqueeze(-1)
     ratio = torch.where(value == 0, torch.zeros_like(groups), groups / value)
     codes = nearest_e2m1(ratio)
     packed = codes[..., :8] | codes[..., 8:] << 4

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ds4.weights.formats.block_scale import finite
 from ds4.weights.formats.plain import elements
 
 BLOCK = 32
@@ -19,10 +20,10 @@ def dequantize(data: torch.Tensor, n_cols: int) -> torch.Tensor:
     data     uint8 [n_rows, n_cols / 32 * 34], any strides
     returns  f32 [n_rows, n_cols], exact (an f16 times an 8-bit integer fits f32)
     """
-    blocks = data.reshape(data.shape[0], n_cols // BLOCK, BLOCK_BYTES)
-    scale = elements(blocks[..., :2], torch.float16).to(torch.float32)
-    codes = elements(blocks[..., 2:], torch.int8).to(torch.float32)
-    return (codes * scale).reshape(data.shape[0], n_cols)
+    blocks = data.reshape(-1, BLOCK_BYTES)
+    scale = finite(elements(blocks[:, :2], torch.float16).to(torch.float32))
+    values = elements(blocks[:, 2:], torch.int8).to(torch.float32)
+    return values.mul_(scale).view(data.shape[0], n_cols)
 
 
 def quantize(x: torch.Tensor) -> torch.Tensor:
