@@ -12,7 +12,7 @@ import torch
 from ds4.errors import Ds4Error
 from ds4.weights.formats import FORMATS, INTEGER_FORMATS
 
-_TILE = 1 << 19  # weights decoded at a time on a CPU: few enough for the intermediate results to stay in its cache
+_TILE = 1 << 18  # weights decoded at a time on a CPU: few enough for the intermediate results to stay in its cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class PackedTensor:
             shape = (last - first, shape[1])
         if self.format in INTEGER_FORMATS:
             return self._decode(first, last).reshape(shape)
-        if self.data.device.type != "cpu" or (last - first) * self._n_cols <= 2 * _TILE:
+        if self.data.device.type != "cpu" or (last - first) * self._n_cols <= _TILE:
             return self._decode(first, last).reshape(shape).to(dtype)
         values = empty((last - first, self._n_cols), dtype)
         for part, tile in self.tiles(first, last):

@@ -41,7 +41,7 @@ FLASH = {
 }
 
 
-def flash_file(path: Path) -> Path:
+def flash_file(path: Path, experts: str) -> Path:
     """A sparse GGUF with the dimensions of V4-Flash: a true header, and holes where 160 GB of weights would be."""
     keys: dict[str, Any] = small_keys() | {"deepseek4." + key: value for key, value in FLASH.items()}
     config = ModelConfig.from_gguf(keys, source="flash")
@@ -54,7 +54,7 @@ def flash_file(path: Path) -> Path:
         if place[0] in tensors:
             continue
         if expert:
-            fmt, shape = "nvfp4", (config.n_routed_experts, *shape)
+            fmt, shape = experts, (config.n_routed_experts, *shape)
         elif name.endswith("tid2eid"):
             fmt = "i32"
         elif ".attn.w" in name or "shared_experts" in name or name.endswith("indexer.wq_b.weight"):
@@ -73,21 +73,24 @@ def flash_file(path: Path) -> Path:
     return path
 
 
-def test_real_dimensions(tmp_path: Path) -> None:
-    path = flash_file(tmp_path / "flash.gguf")
+@pytest.mark.parametrize(
+    ("experts", "gate_up", "down"), [("nvfp4", 2434.8, 1217.4), ("mxfp4", 2299.5, 1149.8), ("q4_k", 2434.8, 1217.4)]
+)
+def test_real_dimensions(tmp_path: Path, experts: str, gate_up: float, down: float) -> None:
+    path = flash_file(tmp_path / "flash.gguf", experts)
     start = time.perf_counter()
     ckpt = open_checkpoint(path)
     assert time.perf_counter() - start < 3
     assert len(ckpt) == 33024 + 1199  # 43 * 256 * 3 experts, and everything else
     last = ckpt.tensor("layers.42.ffn.experts.255.w2.weight")
-    assert (last.shape, last.nbytes) == ((4096, 2048), 4096 * 2048 // 64 * 36)
+    assert (last.shape, last.nbytes) == ((4096, 2048), 4096 * FORMATS[experts].row_bytes(2048))
     report = describe(ckpt)
     # spec weights.md 6, in units of 10^6 bytes
     published = {
         "attention projections": 4886.5,
         "shared expert": 1149.8,
-        "routed gate+up": 2434.8,
-        "routed down": 1217.4,
+        "routed gate+up": gate_up,
+        "routed down": down,
         "compressors": 520.1,
         "indexer": 286.3,
         "hyper-connections": 135.5,
@@ -103,7 +106,7 @@ def test_real_dimensions(tmp_path: Path) -> None:
     assert report["parameters"]["active"] == pytest.approx(13.3e9, rel=0.01)
     assert report["layers"] == {"total": 43, "swa": 2, "csa": 21, "hca": 20, "hash_routed": 3}
     assert report["experts"] == {"routed": [256], "per_token": 6, "shared": 1}
-    assert report["recipe"] == {"experts": ["nvfp4"], "attention": ["q8_0"], "shared": ["q8_0"], "embeddings": ["bf16"]}
+    assert report["recipe"] == {"experts": [experts], "attention": ["q8_0"], "shared": ["q8_0"], "embeddings": ["bf16"]}
     assert report["draft"] is None
     assert report["generation"].startswith("V4-Flash")
     assert sum(row["bytes"] for row in report["types"]) == report["total_bytes"] == ckpt.total_bytes

@@ -25,6 +25,8 @@ def test_golden_blocks(golden: Path, name: str) -> None:
     blocks, values = torch.from_numpy(data["blocks"]), torch.from_numpy(data["values"])
     fmt = FORMATS[name]
     assert same_bits(fmt.dequantize(blocks, fmt.block), values)
+    assert same_bits(fmt.dequantize(blocks[3:4, :].clone(), fmt.block), values[3:4])  # one block alone
+    assert same_bits(fmt.dequantize(torch.cat((blocks, blocks), 1)[5:6, fmt.block_bytes :], fmt.block), values[5:6])
     # several blocks to a row, and rows that are a slice of wider ones
     wide = blocks.reshape(4, -1)
     assert same_bits(fmt.dequantize(wide, 4 * fmt.block), values.reshape(4, -1))

@@ -8,12 +8,12 @@ that torch has: two 4-bit codes at a time, or one byte.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
 from ds4.errors import Ds4Error
-from ds4.weights.formats.plain import elements
 
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
@@ -119,35 +119,34 @@ def _e2m1_table(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _e2m1_pairs(device: torch.device, negative_zero: bool) -> Tensor:
+def _e2m1_pairs(device: torch.device) -> Tensor:
     """i64 [256]: the bits of the two f32 that a byte of two codes stands for, low nibble first."""
-    values = _e2m1_table(device) if negative_zero else _e2m1_table(device) + 0.0
-    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)
-    return pairs.view(torch.int64).flatten()
+    values = _e2m1_table(device)
+    return torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1).view(torch.int64).flatten()
 
 
-def decode_e2m1_pairs(packed: Tensor, *, negative_zero: bool = True) -> Tensor:
-    """Bytes of two E2M1 codes, the even weight in the low nibble -> f32.
+@functools.cache
+def _e2m1_spread_pairs(device: torch.device) -> Tensor:
+    """i64 [0x1000]: the same for two codes in a byte each, the first one lower; code 8 is +0."""
+    pairs = _e2m1_pairs(device).view(torch.float32).view(16, 1, 16, 2) + 0.0
+    return pairs.expand(16, 16, 16, 2).contiguous().view(torch.int64).flatten()
 
-    packed         [..., n], integers 0..255 of any type
-    negative_zero  False: code 8 is +0, as in ggml's table of integers
-    returns        f32 [..., 2 n], new
+
+def decode_e2m1_pairs(packed: Tensor) -> Tensor:
+    """u8 ``[..., n]`` of two E2M1 codes, the even weight in the low nibble -> f32 ``[..., 2n]``."""
+    return look_up(_e2m1_pairs(packed.device), packed).view(torch.float32)
+
+
+def decode_e2m1_runs(words: Tensor) -> Tensor:
+    """E2M1 codes in ggml's order, which puts a run of weights in the low nibbles of some bytes and the next run in the
+    high ones.
+
+    words    i64 [n, m], any strides: each row is 8 m bytes with two runs of 8 m weights
+    returns  f32 [n, 16 m], new; code 8 is +0, as in ggml's table of integers
     """
-    return look_up(_e2m1_pairs(packed.device, negative_zero), packed).view(torch.float32)
-
-
-def join_nibbles(packed: Tensor, words: int) -> Tensor:
-    """Turn ggml's order of nibbles into bytes of two neighbours, eight bytes at a time.
-
-    packed   u8 [n, words * 8]: the low nibbles are one run of 8 * words weights and the high ones the next
-    returns  i16 [n, words * 8]: each number 0..255 holds weights 2i and 2i + 1
-    """
-    words_of = elements(packed, torch.int64).view(-1, words)
-    both = torch.stack((words_of, words_of >> 4), dim=1)
-    both &= 0x0F0F0F0F0F0F0F0F
-    both |= both >> 4
-    both &= 0x00FF00FF00FF00FF
-    return both.view(torch.int16).view(packed.shape)
+    nibbles = torch.stack((words, words >> 4), dim=1).bitwise_and_(0x0F0F0F0F0F0F0F0F)
+    values = look_up(_e2m1_spread_pairs(words.device), nibbles.view(torch.int16)).view(torch.float32)
+    return values.view(words.shape[0], -1)
 
 
 @functools.cache
@@ -158,6 +157,7 @@ def e4m3_table(device: torch.device) -> Tensor:
 
 def finite(scale: Tensor) -> Tensor:
     """``scale`` itself; Ds4Error if one of these block scales is infinite or not a number."""
-    if not bool(scale.isfinite().all()):
+    # The sum is a quicker test; should it overflow, the numbers decide.
+    if not math.isfinite(float(scale.sum())) and not bool(scale.isfinite().all()):
         raise Ds4Error("has a block scale that is not a finite number; the file is damaged")
     return scale

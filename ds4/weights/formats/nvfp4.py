@@ -14,7 +14,8 @@ import math
 
 import torch
 
-from ds4.weights.formats.block_scale import decode_e2m1_pairs, join_nibbles, look_up
+from ds4.weights.formats.block_scale import decode_e2m1_runs, look_up
+from ds4.weights.formats.plain import elements
 
 BLOCK = 64
 BLOCK_BYTES = 36
@@ -35,11 +36,13 @@ def dequantize(data: torch.Tensor, n_cols: int) -> torch.Tensor:
     data     uint8 [n_rows, n_cols / 64 * 36], any strides
     returns  f32 [n_rows, n_cols], exact (2 by 4 significant bits)
     """
-    blocks = data.reshape(-1, BLOCK_BYTES)
-    scale = look_up(_scales(data.device), blocks[:, :4])
-    pairs = join_nibbles(blocks[:, 4:].reshape(-1, 8), 1)
-    values = decode_e2m1_pairs(pairs, negative_zero=False)
-    return values.view(-1, 4, 16).mul_(scale.unsqueeze(-1)).view(data.shape[0], n_cols)
+    words = elements(data.reshape(-1, BLOCK_BYTES), torch.int32)
+    # Copies, since a view as another type may not start, or step, at any place.
+    scales = words[:, 0].clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    codes = words[:, 1:].clone(memory_format=torch.contiguous_format).view(torch.int64)
+    scale = look_up(_scales(data.device), scales)
+    values = decode_e2m1_runs(codes.view(-1, 1))
+    return values.mul_(scale.view(-1, 1)).view(data.shape[0], n_cols)
 
 
 def quantize(x: torch.Tensor) -> torch.Tensor:

@@ -13,11 +13,12 @@ import torch
 
 def elements(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Reinterpret uint8 [n_rows, n_cols * itemsize] as ``dtype`` [n_rows, n_cols]; copies only if strides demand it."""
-    data = data.contiguous()
+    # Flat, because a single row may keep a stride that is not a multiple of the element size.
+    flat = data.reshape(-1)
     # A file may place a tensor at any byte, but a view needs an address that is a multiple of the element size.
-    if data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize:
-        data = data.clone()
-    return data.view(dtype)
+    if flat.data_ptr() % dtype.itemsize or flat.storage_offset() % dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(dtype).view(*data.shape[:-1], data.shape[-1] // dtype.itemsize)
 
 
 def dequantizer(dtype: torch.dtype) -> Callable[[torch.Tensor, int], torch.Tensor]:
