@@ -313,11 +313,15 @@ def test_kv_and_index_rounding(tiny: Tiny, n: int) -> None:
 
 @pytest.mark.parametrize("switch", ["kv_fp8", "index_rotate", "index_fp4"])
 def test_every_rounding_switch_is_needed(tiny: Tiny, switch: str) -> None:
-    """Mean over rows: 5e-4 with all three, 1.0e-1 without FP8 rows, 3e-2 without Hadamard or without FP4."""
+    """Median row, as the golden's README advises (one FP8 rounding or one choice that falls the other way, which the
+    last bit of a sum decides, leaks into later rows): 3e-4 to 1e-3 seen with all three, 8.6e-2 without FP8 rows, 2.3e-2
+    without Hadamard, 1.9e-2 without FP4."""
     expected = tiny.at("official_f32_sim", 300)
-    lacking = tiny.one_shot(300, replace(SIMULATED, **{switch: False}))
-    assert relative(tiny.one_shot(300, SIMULATED), expected).mean() <= 2e-3
-    assert relative(lacking, expected).mean() >= 1e-2
+    complete = relative(tiny.one_shot(300, SIMULATED), expected).median()
+    lacking = relative(tiny.one_shot(300, replace(SIMULATED, **{switch: False})), expected).median()
+    assert complete <= 5e-3
+    assert lacking >= 1e-2
+    assert lacking >= 4 * complete
 
 
 def test_bf16_arithmetic(tiny: Tiny) -> None:
