@@ -45,6 +45,13 @@ class Launch:
         """The rows with tokens, in the prefill form, where they are contiguous."""
         return slice(self.rows[0], self.rows[0] + self.n_tok)
 
+    def take(self, x: Tensor) -> Tensor:
+        """The rows of ``x`` ``[n_rows, ...]`` that carry tokens, in order: ``[n_tok, ...]``."""
+        first = self.rows[0]
+        if self.rows[-1] - first == self.n_tok - 1:  # a view where they do not wrap around, which is most of the time
+            return x[first : first + self.n_tok]
+        return x[list(self.rows)]
+
     @staticmethod
     def decode_step(start: int, n_tok: int) -> Launch:
         """1..8 tokens in the decode form."""

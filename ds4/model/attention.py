@@ -69,7 +69,7 @@ class Attention:
         """x f32 ``[8, d]`` -> f32 ``[8, d]``; publishes the tokens' rows, then each attends what it may see."""
         launch, row_format = ctx.launch, cache.formats.row
         qr, q, kv, raw = self._project(x, ctx)
-        self._publish(kv[list(launch.rows)], launch.start, cache)
+        self._publish(launch.take(kv), launch.start, cache)
         chosen: list[Tensor | None] = [None] * launch.n_tok
         if self.indexer is not None:
             assert cache.keys is not None
@@ -87,7 +87,7 @@ class Attention:
         for i in range(launch.n_tok):
             end = launch.start + i + 1
             rows = ring_read(cache.ring_f32, max(0, end - self.window), end)
-            if cache.pool is not None:
+            if cache.pool is not None and end >= self.ratio:
                 entries = chosen[i]
                 pool = cache.pool[: end // self.ratio] if entries is None else cache.pool[entries]
                 rows = torch.cat((rows, row_format.unpack(pool)))

@@ -82,7 +82,7 @@ class Transformer:
         """Decode form: 1..8 tokens at positions ``start ..`` -> logits f32 ``[n_tok, vocab]``."""
         launch = Launch.decode_step(start, len(ids))
         streams = self._streams(self._context(launch, ids), cache)
-        return self.logits(streams, launch.rows)[list(launch.rows)]
+        return launch.take(self.logits(streams, launch.rows)).clone()
 
     def prefill(
         self,

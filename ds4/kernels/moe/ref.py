@@ -84,18 +84,19 @@ def _moe_decode(
     inter = shared.w2.shape[1]
     xq = _round_act(x, numerics)
     chosen = ids.tolist()
-    slots = [(r, s, experts[e]) for r in rows for s, e in enumerate(chosen[r])]
-    slots += [(r, n_slots - 1, shared) for r in rows]
+    token_experts = [[*(experts[e] for e in chosen[r]), shared] for r in rows]
     gate_up = x.new_zeros(n, n_slots, 2 * inter)
-    for r, s, expert in slots:
-        torch.mv(dense_concat((expert.w1, expert.w3)), xq[r], out=gate_up[r, s])
+    for r, slot_experts in zip(rows, token_experts, strict=True):
+        for expert, out in zip(slot_experts, gate_up[r].unbind(), strict=True):
+            torch.mv(dense_concat((expert.w1, expert.w3)), xq[r], out=out)
     gate, up = numerics.rd(gate_up).chunk(2, dim=-1)
     slot_weights = F.pad(weights, (0, 1), value=1.0)
     a = _round_act(numerics.rd(swiglu(gate, up, limit) * slot_weights.unsqueeze(-1)), numerics)
-    out = x.new_zeros(n, n_slots, d)
-    for r, s, expert in slots:
-        torch.mv(dense(expert.w2), a[r, s], out=out[r, s])
-    return numerics.rd(numerics.rd(out).sum(1))
+    slot_out = x.new_zeros(n, n_slots, d)
+    for r, slot_experts in zip(rows, token_experts, strict=True):
+        for expert, act, out in zip(slot_experts, a[r].unbind(), slot_out[r].unbind(), strict=True):
+            torch.mv(dense(expert.w2), act, out=out)
+    return numerics.rd(numerics.rd(slot_out).sum(1))
 
 
 def moe(
