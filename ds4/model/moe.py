@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ds4.config import ModelConfig
+from ds4.errors import Ds4Error
 from ds4.kernels.moe import Expert, moe
 from ds4.kernels.route import route
 from ds4.model.context import Context
@@ -24,6 +25,12 @@ class MoE:
         self.bias = self.tid2eid = None
         if hash_routed:
             self.tid2eid = small(params, f"{prefix}.gate.tid2eid", (config.vocab_size, self.top_k))
+            ids = self.tid2eid.sort(dim=1).values
+            if ids.min() < 0 or ids.max() >= n_experts or bool((ids[:, 1:] == ids[:, :-1]).any()):
+                raise Ds4Error(
+                    f"tensor {prefix}.gate.tid2eid: expert ids must be 0 to {n_experts - 1}, all different in a row; "
+                    "the checkpoint is damaged or was pruned without it"
+                )
         else:
             self.bias = small(params, f"{prefix}.gate.bias", (n_experts,))
 
