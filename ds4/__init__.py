@@ -1,7 +1,7 @@
 """ds4: DeepSeek-V4-Flash on one GPU, from Python.
 
-    from ds4 import LLM, SamplingParams
-    for piece in LLM().generate("What is the capital of France?", SamplingParams(max_tokens=20)): ...
+from ds4 import LLM, SamplingParams
+for piece in LLM().generate("What is the capital of France?", SamplingParams(max_tokens=20)): ...
 """
 
 from __future__ import annotations

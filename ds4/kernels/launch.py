@@ -2,7 +2,9 @@
 
 A token at position p sits in row ``p % n_rows``, in the decode form (8 rows) as in the prefill form (128 rows). Two
 calls that compute the same token therefore run the same instructions on the same row, whatever else they compute:
-bit-identity holds by construction and does not rest on how a BLAS library treats its rows.
+bit-identity holds by construction and does not rest on how a BLAS library treats its rows. One place does rest on it:
+in the prefill form an expert takes its tokens in blocks of fixed size, and a token's row there depends on which other
+tokens chose the expert (``ds4/kernels/moe``; tested for the library at hand in ``tests/kernels/test_moe.py``).
 """
 
 from __future__ import annotations

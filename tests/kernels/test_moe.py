@@ -147,3 +147,24 @@ def test_many_tokens_with_clamps_acting() -> None:
         assert_close(prefill, restated(x, ids, weights, experts, shared, 10.0, clamp_shared=False))
     with pytest.raises(AssertionError):
         assert_close(moe(*args, limit=1e9, numerics=Numerics()), expected)
+
+
+@pytest.mark.parametrize(("d", "inter"), [(256, 256), (64, 96), (1024, 512)])
+def test_a_tokens_row_in_an_experts_block_does_not_matter(d: int, inter: int) -> None:
+    """Prefill form: which row of a block a token gets depends on its neighbours, so every row must compute alike.
+
+    The one place where bit-identity rests on the BLAS library (``ds4/kernels/launch.py``): a library that failed
+    here would break "any chunking = one-shot".
+    """
+    n, n_experts, top_k = 128, 8, 3
+    x, weights = seeded(n, d), seeded(n, top_k, seed=1).abs()
+    ids = torch.stack([torch.randperm(n_experts, generator=torch.Generator().manual_seed(t))[:top_k] for t in range(n)])
+
+    def expert(seed: int) -> Expert:
+        return Expert(seeded(inter, d, seed=seed), seeded(inter, d, seed=seed + 1), seeded(d, inter, seed=seed + 2))
+
+    args = (x, ids, weights, [expert(10 * e + 10) for e in range(n_experts)], expert(5))
+    together = moe(*args, limit=10.0, numerics=Numerics())
+    for t in range(0, n, 3):
+        alone = moe(*args, limit=10.0, numerics=Numerics(), live=slice(t, t + 1))
+        assert torch.equal(alone[t], together[t]), f"token {t}"
