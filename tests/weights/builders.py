@@ -131,7 +131,9 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     """Seeded f32 values (i64 for tid2eid) of every tensor in ``shapes``."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randint(config.n_routed_experts, shape, generator=generator)
+        name: torch.rand(shape[0], config.n_routed_experts, generator=generator)
+        .argsort(dim=1)[:, : shape[1]]
+        .contiguous()
         if name.endswith("tid2eid")
         else torch.randn(shape, generator=generator) * 0.05
         for name, shape in shapes(config).items()
