@@ -25,7 +25,7 @@ from ds4.sampling import Sampler, SamplingParams
 from ds4.text.chat import chat_generation, encode_messages
 from ds4.text.templates import Generation
 from ds4.text.tokenizer import StreamDecoder, Tokenizer
-from ds4.weights.checkpoint import open_checkpoint
+from ds4.weights import open_checkpoint
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all) while a prompt is processed."""

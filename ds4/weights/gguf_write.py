@@ -22,8 +22,8 @@ from ds4.config import ModelConfig
 from ds4.config_keys import GGUF_KEYS
 from ds4.errors import Ds4Error
 from ds4.weights import names
-from ds4.weights.checkpoint import open_checkpoint
 from ds4.weights.formats import FORMATS, INTEGER_FORMATS
+from ds4.weights.opening import open_checkpoint
 
 if TYPE_CHECKING:
     import gguf

@@ -27,7 +27,7 @@ from ds4.kv.cache import KVCache
 from ds4.model import block as block_module
 from ds4.model.context import Context
 from ds4.model.transformer import Transformer
-from ds4.weights.checkpoint import Checkpoint, open_checkpoint
+from ds4.weights import Checkpoint, open_checkpoint
 
 LENGTHS = (1, 5, 127, 128, 129, 300, 700)
 CTX = 768

@@ -18,7 +18,7 @@ from ds4.kernels.numerics import resolve
 from ds4.model.transformer import Transformer
 from ds4.mtp import mtp_block
 from ds4.mtp.mtp_block import MTPBlock
-from ds4.weights.checkpoint import open_checkpoint
+from ds4.weights import open_checkpoint
 
 LENGTHS = (5, 128, 300)
 PASS_LINE = 5e-5
