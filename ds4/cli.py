@@ -157,3 +157,21 @@ def inspect(path: str, tensors: bool, as_json: bool) -> None:
     from ds4.cli_inspect import inspect_command
 
     inspect_command(path, tensors=tensors, as_json=as_json)
+
+
+@main.command()
+@click.argument("name", metavar="REPO[:FILE]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def pull(name: str, as_json: bool) -> None:
+    """Download a checkpoint from the Hugging Face hub.
+
+    It goes into the hub's own cache (HF_HOME); files that are there already are not fetched again. FILE may be a
+    pattern, and one part of a split GGUF brings the others along. Afterwards -m takes the same name.
+
+    \b
+    Example:
+      ds4 pull antirez/deepseek-v4-gguf:DeepSeek-V4-Flash-MTP-Q4K-Q8_0-F32.gguf
+    """
+    from ds4.cli_pull import pull_command
+
+    pull_command(name, as_json=as_json)

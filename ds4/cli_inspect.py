@@ -16,10 +16,11 @@ from ds4.cli_common import one_line
 
 def inspect_command(path: str, *, tensors: bool, as_json: bool) -> None:
     """Open the checkpoint (headers only) and print its description; the list of tensors only on request."""
+    from ds4 import hub
     from ds4.weights import open_checkpoint
     from ds4.weights.describe import describe
 
-    description = describe(open_checkpoint(path))
+    description = describe(open_checkpoint(hub.local_path(path)))
     if as_json:
         if not tensors:
             description.pop("tensors")

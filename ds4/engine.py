@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ds4 import hub
 from ds4.demo import bundled_model_path
 from ds4.errors import Ds4Error
 from ds4.kernels.launch import DECODE_ROWS
@@ -183,7 +184,7 @@ class LLM:
         if draft:
             raise Ds4Error(f"draft: this version has no speculative decoding yet; use 0 instead of {draft}")
         self.device = "cpu"
-        self.path = Path(path) if path is not None else bundled_model_path()
+        self.path = hub.local_path(path) if path is not None else bundled_model_path()
         self.numerics = resolve(numerics)
         self.checkpoint = open_checkpoint(self.path)
         self.config = self.checkpoint.config

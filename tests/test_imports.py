@@ -33,7 +33,9 @@ ALLOWED = {
     "text": set(),
     "sampling": set(),
     "demo": set(),
-    "engine": {"graph", "mtp", "model", "kernels", "kv", "weights", "config", "text", "sampling", "demo"},
+    "hub": set(),
+    "doctor": {"kernels"},
+    "engine": {"graph", "mtp", "model", "kernels", "kv", "weights", "config", "text", "sampling", "demo", "hub"},
     "root": {"engine", "config", "sampling", "weights", "text"},
     "cli": {
         "root",
@@ -48,13 +50,18 @@ ALLOWED = {
         "text",
         "sampling",
         "demo",
+        "hub",
+        "doctor",
     },
 }
 SAME_UNIT = {
     "cli_answer": "cli",
     "cli_chat": "cli",
     "cli_common": "cli",
+    "cli_convert": "cli",
+    "cli_doctor": "cli",
     "cli_inspect": "cli",
+    "cli_pull": "cli",
     "__main__": "cli",
     "config_keys": "config",
 }
