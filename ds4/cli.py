@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from ds4 import __version__
-from ds4.cli_common import Options, model_options, one_line, sampling_options
-from ds4.errors import Ds4Error
+from ds4.cli_common import MEMORY, TOKENS, Options, model_options, one_line, sampling_options
+from ds4.errors import CudaError, Ds4Error
 
 
 class OneLineErrors(click.Group):
@@ -38,6 +38,9 @@ class OneLineErrors(click.Group):
             message = error.format_message()
         except Ds4Error as error:
             message = str(error)
+        except CudaError as error:  # fatal: neither the GPU's state nor later results can be trusted
+            click.echo(f"ds4: error: CUDA: {one_line(str(error))}", err=True)
+            sys.exit(3)
         except click.Abort:  # Ctrl-C, or the end of input where an answer was needed
             sys.exit(130)
         except OSError as error:  # a file that cannot be read, a disk that is full
@@ -142,21 +145,29 @@ def chat(**options: Any) -> None:
 @main.command("inspect")
 @click.argument("path", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--memory", type=MEMORY, metavar="SIZE", help="Does it fit, e.g. 128GiB? (this machine's memory)")
+@click.option("--ctx", type=TOKENS, metavar="N", help="At which context, e.g. 1M (the model's own).")
+@click.option("--verify", is_flag=True, help="Read all scales and tables and check them.")
+@click.option("--read-speed", is_flag=True, help="Compare streaming the weights with a plain read of the files.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(path: str, tensors: bool, as_json: bool) -> None:
+@click.pass_context
+def inspect(context: click.Context, path: str, **wanted: Any) -> None:
     """Describe the checkpoint at PATH.
 
     Its generation and recipe, tensor types and sizes, layers, and the bytes read per token.
 
-    PATH is a .gguf file, a .safetensors file, or a directory with config.json and weights. Only headers are read.
+    PATH is a .gguf file, a .safetensors file, a directory with config.json and weights, or a name on the hub that is in
+    the local cache. Only headers are read, but for --verify and --read-speed. The exit code is 1 if the model does not
+    fit or --verify finds a defect.
 
     \b
-    Example:
+    Examples:
       ds4 inspect model.gguf --tensors
+      ds4 inspect model.gguf --memory 128GiB --ctx 1M
     """
-    from ds4.cli_inspect import inspect_command
+    from ds4.cli_inspect import Wanted, inspect_command
 
-    inspect_command(path, tensors=tensors, as_json=as_json)
+    context.exit(inspect_command(path, Wanted(**wanted)))
 
 
 @main.command()
@@ -175,3 +186,15 @@ def pull(name: str, as_json: bool) -> None:
     from ds4.cli_pull import pull_command
 
     pull_command(name, as_json=as_json)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> int:
+    """Say what this machine has and lacks for --device cuda.
+
+    Exit code 0 if --device cuda will work, else 1.
+    """
+    from ds4.cli_doctor import doctor_command
+
+    return doctor_command(as_json=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,30 @@ class WholeRange(click.IntRange):
     name = "whole number"
 
 
+class Quantity(click.ParamType):
+    """A whole number with an optional unit, such as 128GiB or 32k, in ``units``; larger than 0."""
+
+    def __init__(self, name: str, units: dict[str, int]) -> None:
+        self.name, self.units = name, units
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", value.strip())
+        scale = self.units.get(match[2].lower()) if match else None
+        if match is None or scale is None or float(match[1]) * scale < 1:
+            self.fail(f"{value!r} is not a {self.name}, such as {self.example}", param, ctx)
+        return round(float(match[1]) * scale)
+
+    @property
+    def example(self) -> str:
+        return "96GB or 128GiB" if "gib" in self.units else "32k or 1M"
+
+
+MEMORY = Quantity("size of memory", {"": 1, "mb": 10**6, "gb": 10**9, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40})
+TOKENS = Quantity("number of tokens", {"": 1, "k": 1 << 10, "m": 1 << 20})
+
+
 def _with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """One decorator that adds several options, listed by --help in this order."""
 
@@ -52,8 +77,8 @@ def _with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 model_options = _with_options(
-    click.option("-m", "--model", metavar="PATH", help="Checkpoint; the bundled small model if left out."),
-    click.option("--ctx", type=WholeRange(1), default=8192, metavar="N", help="Context in tokens (8192)."),
+    click.option("-m", "--model", metavar="PATH", help="Checkpoint or hub name; the bundled small model if left out."),
+    click.option("--ctx", type=TOKENS, default=8192, metavar="N", help="Context in tokens, such as 32k (8192)."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run (auto)."),
     click.option(
         "--numerics", type=click.Choice(["official", "serve", "exact"]), help="Which roundings to imitate (serve)."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -13,23 +15,75 @@ from rich.text import Text
 
 from ds4.cli_common import one_line
 
+if TYPE_CHECKING:
+    from ds4.weights import Checkpoint
 
-def inspect_command(path: str, *, tensors: bool, as_json: bool) -> None:
-    """Open the checkpoint (headers only) and print its description; the list of tensors only on request."""
+
+@dataclass(frozen=True)
+class Wanted:
+    """What ``ds4 inspect`` is asked for besides the description."""
+
+    tensors: bool = False
+    memory: int | None = None
+    ctx: int | None = None
+    verify: bool = False
+    read_speed: bool = False
+    as_json: bool = False
+
+
+def inspect_command(path: str, wanted: Wanted) -> int:
+    """Open the checkpoint (headers only), print its description and what else is wanted; the exit code.
+
+    1 if the model does not fit the memory, or ``--verify`` finds a defect; both are answers, not errors.
+    """
     from ds4 import hub
     from ds4.weights import open_checkpoint
     from ds4.weights.describe import describe
 
-    description = describe(open_checkpoint(hub.local_path(path)))
-    if as_json:
-        if not tensors:
-            description.pop("tensors")
-        click.echo(json.dumps(description))
-        return
-    tables = [summary(description), types_table(description), traffic_table(description)]
-    if tensors:
-        tables.append(tensors_table(description))
-    click.echo("\n\n".join(_render(table) for table in tables))
+    ckpt = open_checkpoint(hub.local_path(path))
+    record = describe(ckpt)
+    if not wanted.tensors:
+        record.pop("tensors")
+    if wanted.memory is not None or wanted.ctx is not None:
+        record["fit"] = _fit(ckpt, record, wanted)
+    if wanted.verify:
+        record["verify"] = _verify(ckpt)
+    if wanted.read_speed:
+        from ds4.weights.stream import read_speed
+
+        record["read_speed"] = read_speed(ckpt, "cpu")
+    if wanted.as_json:
+        click.echo(json.dumps(record))
+    else:
+        parts = [summary(record), types_table(record), traffic_table(record)]
+        parts += [table(record) for key, table in _EXTRA.items() if key in record]
+        click.echo("\n\n".join(_render(part) for part in parts))
+    return int(bool(record.get("verify", {}).get("defects")) or not record.get("fit", {}).get("fits", True))
+
+
+def _fit(ckpt: Checkpoint, record: dict[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """The memory bill, with all of the machine's memory where none is given."""
+    from ds4.fit import fit
+
+    ctx = wanted.ctx or record["context_length"]
+    if ctx > record["context_length"]:
+        raise click.UsageError(f"--ctx {ctx}: the model's context ends at {record['context_length']} tokens")
+    memory = wanted.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return fit(ckpt.config, record["total_bytes"], ctx, memory).to_dict()
+
+
+def _verify(ckpt: Checkpoint) -> dict[str, Any]:
+    """Check the weights under a progress bar, which only a terminal sees."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ds4.weights.check import verify
+
+    console = Console(stderr=True)
+    columns = (TextColumn("checking"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("checking", total=ckpt.total_bytes)
+        report = verify(ckpt, lambda done, _total: bar.update(task, completed=done))
+    return {**asdict(report), "defects": list(report.defects)}
 
 
 def _render(table: Table) -> str:
@@ -46,6 +100,12 @@ def size(n_bytes: float) -> str:
         if n_bytes >= scale:
             return f"{n_bytes / scale:.1f} {unit}"
     return f"{n_bytes:.0f} B"
+
+
+def binary_size(n_bytes: float) -> str:
+    """Bytes in binary units, as memories are sold: 128.0 GiB."""
+    unit, scale = ("GiB", 1 << 30) if n_bytes >= 1 << 28 else ("MiB", 1 << 20)
+    return f"{n_bytes / scale:,.1f} {unit}"
 
 
 def count(number: float) -> str:
@@ -105,14 +165,52 @@ def types_table(d: dict[str, Any]) -> Table:
 
 
 def traffic_table(d: dict[str, Any]) -> Table:
-    """Weight bytes read for one token, without drafts and cache."""
+    """Weight bytes read for one token, without drafts and cache; a large model's in MB, to be compared with others."""
     table = _columns("weights read per token", "size", "share")
     traffic = dict(d["bytes_per_token"])
     total = traffic.pop("total")
+    show = size if total < 1e8 else (lambda n_bytes: f"{n_bytes / 1e6:,.1f} MB")
     for component, n_bytes in traffic.items():
         if n_bytes:
-            table.add_row(component, size(n_bytes), f"{n_bytes / max(1, total):.1%}")
-    table.add_row("total", size(total), "", style="bold")
+            table.add_row(component, show(n_bytes), f"{n_bytes / max(1, total):.1%}")
+    table.add_row("total", show(total), "", style="bold")
+    return table
+
+
+def fit_table(d: dict[str, Any]) -> Table:
+    """What the model needs in memory at a context length, against what there is."""
+    fit = d["fit"]
+    table = _columns(f"memory at {fit['ctx']:,} tokens", "size")
+    table.add_row("weights", binary_size(fit["weights_bytes"]))
+    table.add_row("cache and state", binary_size(fit["state_bytes"]))
+    table.add_row("allowance for buffers", binary_size(fit["allowance_bytes"]))
+    table.add_row("total", binary_size(fit["total_bytes"]), style="bold")
+    table.add_row("memory", binary_size(fit["memory_bytes"]))
+    longest = f"longest context {fit['max_ctx']:,} tokens" if fit["max_ctx"] else "not even its weights do"
+    table.add_row(f"{'fits' if fit['fits'] else 'does NOT fit'}; {longest}")
+    return table
+
+
+def verify_table(d: dict[str, Any]) -> Table:
+    """What ``--verify`` looked at and found."""
+    report = d["verify"]
+    table = _columns("verified", "count")
+    table.add_row("tensors inside the file, none overlapping", f"{report['n_tensors']:,}")
+    table.add_row("scales and unquantised values read", f"{report['n_scales']:,}")
+    table.add_row("hash-routing tables", f"{report['n_tables']:,}")
+    table.add_row("defects", str(len(report["defects"])), style="bold")
+    for defect in report["defects"][:20]:
+        table.add_row(Text(one_line(defect)))
+    return table
+
+
+def read_speed_table(d: dict[str, Any]) -> Table:
+    """Streaming to the device against a plain read of the same bytes."""
+    speed = d["read_speed"]
+    table = _columns(f"reading {size(speed['bytes'])}", "speed")
+    table.add_row("plain read()", f"{speed['read_gbps']:.2f} GB/s")
+    table.add_row(f"streaming to {speed['device']}", f"{speed['stream_gbps']:.2f} GB/s")
+    table.add_row("ratio", f"{speed['ratio']:.2f}", style="bold")
     return table
 
 
@@ -123,3 +221,6 @@ def tensors_table(d: dict[str, Any]) -> Table:
         shape = "x".join(map(str, tensor["shape"])) or "scalar"
         table.add_row(Text(one_line(tensor["name"])), shape, tensor["format"], size(tensor["bytes"]))
     return table
+
+
+_EXTRA = {"tensors": tensors_table, "fit": fit_table, "verify": verify_table, "read_speed": read_speed_table}

@@ -83,6 +83,49 @@ def test_inspect_bundled_model():
     assert "nvfp4" in result.stdout
 
 
+@pytest.mark.parametrize("columns", [80, 50])
+def test_inspect_says_whether_it_fits(checkpoint, columns):
+    result = run("inspect", checkpoint(), "--memory", "8GiB", "--ctx", "32k", columns=columns)
+    assert result.exit_code == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= columns
+    text = " ".join(result.stdout.split())
+    assert "memory at 32,768 tokens" in text
+    assert "fits; longest context 1,048,576 tokens" in text
+    result = run("inspect", checkpoint(), "--memory", "1GiB", "--json")
+    assert result.exit_code == 1
+    record = json.loads(result.stdout)["fit"]
+    assert (record["fits"], record["ctx"], record["memory_bytes"]) == (False, 1 << 20, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("--memory", "12 parsecs", "size of memory"),
+        ("--memory", "0GB", "size of memory"),
+        ("--ctx", "-5", "number of tokens"),
+        ("--ctx", "2M", "the model's context ends at 1048576 tokens"),
+    ],
+)
+def test_inspect_refuses_quantities(checkpoint, option, value, word):
+    fails(run("inspect", checkpoint(), option, value), option, word)
+
+
+def test_inspect_verify(checkpoint):
+    result = run("inspect", checkpoint(), "--verify")
+    assert result.exit_code == 0, result.stderr
+    assert " ".join(result.stdout.split()).endswith("defects 0")
+    result = run("inspect", checkpoint(**{"norm.weight": torch.full((64,), float("nan"))}), "--verify")
+    assert result.exit_code == 1
+    assert "norm.weight: 64 of 64 values are not finite" in " ".join(result.stdout.split())
+
+
+def test_inspect_read_speed(checkpoint):
+    record = json.loads(run("inspect", checkpoint(), "--read-speed", "--json").stdout)["read_speed"]
+    assert record["bytes"] > 0
+    assert record["ratio"] == pytest.approx(record["stream_gbps"] / record["read_gbps"], rel=1e-3)
+    assert "ratio" in run("inspect", checkpoint(), "--read-speed").stdout
+
+
 def test_missing_file(tmp_path):
     fails(run("inspect", tmp_path / "no.gguf"), "no.gguf", "no such file")
 

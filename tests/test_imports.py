@@ -34,7 +34,8 @@ ALLOWED = {
     "sampling": set(),
     "demo": set(),
     "hub": set(),
-    "doctor": {"kernels"},
+    "fit": {"kv", "config"},
+    "doctor": {"engine", "kernels"},
     "engine": {"graph", "mtp", "model", "kernels", "kv", "weights", "config", "text", "sampling", "demo", "hub"},
     "root": {"engine", "config", "sampling", "weights", "text"},
     "cli": {
@@ -51,6 +52,7 @@ ALLOWED = {
         "sampling",
         "demo",
         "hub",
+        "fit",
         "doctor",
     },
 }
