@@ -145,6 +145,7 @@ def chat(**options: Any) -> None:
 @main.command("inspect")
 @click.argument("path", type=click.Path())
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--draft", metavar="FILE", help="Attach a draft head from a file of its own.")
 @click.option("--memory", type=MEMORY, metavar="SIZE", help="Does it fit, e.g. 128GiB? (this machine's memory)")
 @click.option("--ctx", type=TOKENS, metavar="N", help="At which context, e.g. 1M (the model's own).")
 @click.option("--verify", is_flag=True, help="Read all scales and tables and check them.")
@@ -168,6 +169,47 @@ def inspect(context: click.Context, path: str, **wanted: Any) -> None:
     from ds4.cli_inspect import Wanted, inspect_command
 
     context.exit(inspect_command(path, Wanted(**wanted)))
+
+
+# The formats are those of ds4.weights.recipes, which needs torch.
+@main.command("convert")
+@click.argument("source", metavar="IN")
+@click.argument("out", metavar="OUT")
+@click.option(
+    "--experts",
+    type=click.Choice(["nvfp4", "mxfp4", "q8_0", "bf16", "keep"]),
+    default="keep",
+    help="Format of the routed experts, of the trunk and of draft heads (keep).",
+)
+@click.option(
+    "--dense",
+    type=click.Choice(["q8_0", "bf16", "f16", "fp8", "keep"]),
+    default="keep",
+    help="Format of attention projections, indexer wq_b, shared experts, draft projections and, but for fp8, LM head "
+    "(keep).",
+)
+@click.option("--shard-size", type=MEMORY, metavar="SIZE", help="Safetensors directory: largest file (5GB).")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a checkpoint already.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def convert(source: str, out: str, **wanted: Any) -> None:
+    """Convert the checkpoint IN to another container or other formats.
+
+    OUT is x.gguf; or a directory, for safetensors in official naming; or x.safetensors, one such file with config.json
+    beside it. It appears whole or not at all. Draft heads and the tokenizer come along.
+
+    Values change only where a format is asked for that cannot hold them; the summary says what was rounded. With keep,
+    a format that the other container does not have becomes one that loses nothing: in a GGUF, FP8 becomes BF16 (twice
+    as large; --dense q8_0 is as small, but rounds); in safetensors, Q8_0, K-quants and the like become F32. GGUF has no
+    fp8, safetensors no q8_0. Embedding, router, compressors, norms and hyper-connections keep their values always.
+
+    \b
+    Examples:
+      ds4 convert DeepSeek-V4-Flash-0731 flash.gguf --dense q8_0
+      ds4 convert flash.gguf flash-nvfp4 --experts nvfp4 --dense fp8
+    """
+    from ds4.cli_convert import Wanted, convert_command
+
+    convert_command(source, out, Wanted(**wanted))
 
 
 @main.command()

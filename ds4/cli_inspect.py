@@ -24,6 +24,7 @@ class Wanted:
     """What ``ds4 inspect`` is asked for besides the description."""
 
     tensors: bool = False
+    draft: str | None = None
     memory: int | None = None
     ctx: int | None = None
     verify: bool = False
@@ -40,10 +41,8 @@ def inspect_command(path: str, wanted: Wanted) -> int:
     from ds4.weights import open_checkpoint
     from ds4.weights.describe import describe
 
-    ckpt = open_checkpoint(hub.local_path(path))
-    record = describe(ckpt)
-    if not wanted.tensors:
-        record.pop("tensors")
+    ckpt = open_checkpoint(hub.local_path(path), hub.local_path(wanted.draft) if wanted.draft else None)
+    record = describe(ckpt, tensors=wanted.tensors)
     if wanted.memory is not None or wanted.ctx is not None:
         record["fit"] = _fit(ckpt, record, wanted)
     if wanted.verify:
@@ -51,7 +50,7 @@ def inspect_command(path: str, wanted: Wanted) -> int:
     if wanted.read_speed:
         from ds4.weights.stream import read_speed
 
-        record["read_speed"] = read_speed(ckpt, "cpu")
+        record["read_speed"] = {"device": "cpu", **read_speed(ckpt, "cpu")}
     if wanted.as_json:
         click.echo(json.dumps(record))
     else:
@@ -126,18 +125,21 @@ def summary(d: dict[str, Any]) -> Table:
         "path": d["path"],
         "container": f"{d['container']}, architecture {d['architecture']}",
         "generation": d["generation"],
+        "evidence": "; ".join(d["evidence"]) or "none",
         "recipe": ", ".join(f"{group} {'+'.join(formats)}" for group, formats in d["recipe"].items() if formats),
         "layers": f"{layers['total']}: {kinds}; {layers['hash_routed']} hash-routed",
         "experts": f"{' or '.join(map(str, experts['routed']))} routed, {experts['per_token']} per token, "
-        f"{experts['shared']} shared",
+        f"{experts['shared']} shared" + (f"; {experts['pruned']}" if experts["pruned"] else ""),
         "context": f"{d['context_length']:,} tokens",
         "parameters": f"{count(parameters['total'])}, {count(parameters['active'])} active per token",
         "draft head": f"{draft['kind']}, stages: {draft['stages']}, {count(draft['parameters'])} parameters, "
-        f"{size(draft['bytes'])}"
+        f"{size(draft['bytes'])}" + (f", from {draft['path']}" if draft["path"] else "")
         if draft
         else "none",
         "size": f"{size(d['total_bytes'])} in {stored} tensors",
     }
+    if d["warnings"]:
+        rows["warning"] = "; ".join(d["warnings"])
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -208,8 +210,8 @@ def read_speed_table(d: dict[str, Any]) -> Table:
     """Streaming to the device against a plain read of the same bytes."""
     speed = d["read_speed"]
     table = _columns(f"reading {size(speed['bytes'])}", "speed")
-    table.add_row("plain read()", f"{speed['read_gbps']:.2f} GB/s")
-    table.add_row(f"streaming to {speed['device']}", f"{speed['stream_gbps']:.2f} GB/s")
+    table.add_row("plain read()", f"{speed['read_gb_s']:.2f} GB/s")
+    table.add_row(f"streaming to {speed['device']}", f"{speed['load_gb_s']:.2f} GB/s")
     table.add_row("ratio", f"{speed['ratio']:.2f}", style="bold")
     return table
 

@@ -96,6 +96,7 @@ def json_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     architectures = config.get("architectures")
     if architectures not in (None, ["DeepseekV4ForCausalLM"]):
         get.fail("architectures", f"must be ['DeepseekV4ForCausalLM'], not {shown(architectures)}")
+    _refuse_pro(config.get("hidden_size"), config.get("num_hidden_layers"), source)
     for name, wanted in _FIXED.items():
         if name in config and (config[name] != wanted or type(config[name]) is not type(wanted)):
             get.fail(name, f"must be {wanted!r}, not {shown(config[name])}")
@@ -120,6 +121,7 @@ def gguf_fields(metadata: Mapping[str, Any], source: str, n_nextn_blocks: int) -
     if architecture != "deepseek4":
         raise Ds4Error(f"{source}: general.architecture must be 'deepseek4', not {shown(architecture)}")
     get = _Reader(metadata, source, prefix="deepseek4.")
+    _refuse_pro(metadata.get("deepseek4.embedding_length"), metadata.get("deepseek4.block_count"), source)
     values: dict[str, Any] = {}
     for name, key in GGUF_KEYS.items():
         values[name] = get.number(key) if name in _NUMBERS else get.integer(key)
@@ -144,6 +146,12 @@ def gguf_fields(metadata: Mapping[str, Any], source: str, n_nextn_blocks: int) -
     values["bos_token_id"] = tokens.integer("bos_token_id")
     values["eos_token_id"] = tokens.integer("eos_token_id")
     return values
+
+
+def _refuse_pro(hidden: Any, layers: Any, source: str) -> None:
+    """DeepSeek-V4-Pro has the same architecture; a GGUF may count its draft block as a 62nd layer."""
+    if hidden == 7168 and layers in (61, 62):
+        raise Ds4Error(f"{source}: is DeepSeek-V4-Pro (61 layers, hidden size 7168); ds4 runs DeepSeek-V4-Flash only")
 
 
 class _Reader:

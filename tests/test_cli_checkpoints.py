@@ -122,7 +122,7 @@ def test_inspect_verify(checkpoint):
 def test_inspect_read_speed(checkpoint):
     record = json.loads(run("inspect", checkpoint(), "--read-speed", "--json").stdout)["read_speed"]
     assert record["bytes"] > 0
-    assert record["ratio"] == pytest.approx(record["stream_gbps"] / record["read_gbps"], rel=1e-3)
+    assert record["ratio"] == pytest.approx(record["load_gb_s"] / record["read_gb_s"], rel=1e-3)
     assert "ratio" in run("inspect", checkpoint(), "--read-speed").stdout
 
 

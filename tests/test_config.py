@@ -55,11 +55,6 @@ def test_gguf_equals_json() -> None:
 
 def test_gguf_variants() -> None:
     keys = small_keys()
-    for absent in ("rope.scaling.type", "expert_gating_func", "context_length"):
-        del keys["deepseek4." + absent]
-    keys["deepseek4.rope.freq_base_swa"] = keys.pop("deepseek4.attention.compress_rope_freq_base")
-    keys["deepseek4.swiglu_clamp_exp"] = 10.0
-    keys["deepseek4.nextn_predict_layers"] = 1
     del keys["deepseek4.vocab_size"]
     keys["tokenizer.ggml.tokens"] = [str(n) for n in range(32)]
     assert ModelConfig.from_gguf(keys, source="x", n_mtp_layers=1) == small_config()
@@ -67,6 +62,55 @@ def test_gguf_variants() -> None:
     assert ModelConfig.from_gguf(keys, source="x", n_mtp_layers=1, n_nextn_blocks=1) == small_config()
     off = ModelConfig.from_gguf(small_keys() | {"deepseek4.rope.scaling.type": "none"}, source="x", n_mtp_layers=1)
     assert off == small_config(rope_scaling=None)
+
+
+def test_gguf_of_early_forks() -> None:
+    """Spellings of converters before llama.cpp's own, and keys that say the default (spec weights.md 3.1)."""
+    keys = small_keys()
+    del keys["deepseek4.expert_gating_func"], keys["deepseek4.context_length"], keys["deepseek4.rope.scaling.type"]
+    keys["deepseek4.rope.freq_base_swa"] = int(keys.pop("deepseek4.attention.compress_rope_freq_base"))
+    keys |= {
+        "deepseek4.leading_dense_block_count": 0,
+        "deepseek4.expert_group_count": 0,
+        "deepseek4.expert_group_used_count": 0,
+        "deepseek4.swiglu_clamp_exp": 10.0,
+        "deepseek4.swiglu_clamp_shexp": [10.0] * 4,
+        "deepseek4.rope.scaling.yarn_beta_fast": 32,
+        "deepseek4.nextn_predict_layers": 1,
+        "deepseek4.embedding_length_out": 256,
+    }
+    config = ModelConfig.from_gguf(keys, source="x", n_mtp_layers=1)
+    assert config == small_config()
+    assert config.compress_rope_theta == 160000
+    # Where a file has both spellings, the later one counts.
+    keys["deepseek4.attention.compress_rope_freq_base"] = 50000.0
+    assert ModelConfig.from_gguf(keys, source="x").compress_rope_theta == 50000
+
+
+@pytest.mark.parametrize("n_extra", [0, 1, 3])
+def test_compress_ratios_of_draft_blocks(n_extra: int) -> None:
+    """43 entries, or one more for every draft stage that the model was published with."""
+    ratios = [0, 0] + [4, 128] * 20 + [4]
+    changes = {"block_count": 43, "attention.compress_ratios": ratios + [0] * n_extra, "swiglu_clamp_exp": [10.0] * 43}
+    keys = small_keys() | {f"deepseek4.{key}": value for key, value in changes.items()}
+    config = ModelConfig.from_gguf(keys, source="x")
+    assert config.compress_ratios == tuple(ratios)
+    assert config == ModelConfig.from_json(
+        small_json(num_hidden_layers=43, compress_ratios=ratios + [0] * n_extra), source="x", n_mtp_layers=0
+    )
+
+
+@pytest.mark.parametrize("layers", [61, 62])
+def test_pro_is_refused(layers: int) -> None:
+    """By its dimensions, before anything else in which it differs; a GGUF may count its draft block."""
+    expected = "^x: is DeepSeek-V4-Pro .*; ds4 runs DeepSeek-V4-Flash only$"
+    with pytest.raises(Ds4Error, match=expected):
+        ModelConfig.from_json({"model_type": "deepseek_v4", "hidden_size": 7168, "num_hidden_layers": 61}, source="x")
+    keys = {"general.architecture": "deepseek4", "deepseek4.embedding_length": 7168, "deepseek4.block_count": layers}
+    with pytest.raises(Ds4Error, match=expected):
+        ModelConfig.from_gguf(keys, source="x")
+    with pytest.raises(Ds4Error, match="is missing"):
+        ModelConfig.from_gguf(keys | {"deepseek4.block_count": 60}, source="x")
 
 
 JSON_ERRORS = [
@@ -189,6 +233,8 @@ GGUF_ERRORS = [
     ("expert_gating_func", {"deepseek4.expert_gating_func": 1}),
     ("expert_weights_norm", {"deepseek4.expert_weights_norm": False}),
     ("expert_group_count", {"deepseek4.expert_group_count": 8}),
+    ("leading_dense_block_count", {"deepseek4.leading_dense_block_count": 1}),
+    ("rope.freq_base_swa", {"deepseek4.attention.compress_rope_freq_base": None, "deepseek4.rope.freq_base_swa": "x"}),
     ("expert_count", {"deepseek4.expert_count": [3]}),
     ("rope.freq_base", {"deepseek4.rope.freq_base": math.nan}),
     ("rope.scaling.type", {"deepseek4.rope.scaling.type": "linear"}),

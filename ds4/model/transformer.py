@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -107,7 +106,8 @@ class Transformer:
             if all_logits:
                 outs.append(self.logits(streams, None)[launch.row_slice])
             elif done == len(ids):
-                return self.logits(streams, launch.rows[-1:])[launch.rows[-1]]
+                last = launch.rows[-1]
+                return self.logits(streams[last : last + 1], (0,))[0]
             if on_tile is not None:
                 on_tile(done)
         return torch.cat(outs)
@@ -125,6 +125,4 @@ class Transformer:
 
 def embedding_rows(w: Weight, ids: Tensor) -> Tensor:
     """Rows ``ids`` i64 ``[n]`` of an embedding as f32 ``[n, d]``; a packed table is read only where needed."""
-    if isinstance(w, PackedTensor):
-        return replace(w, data=w.data[ids], shape=(ids.shape[0], w.shape[1])).dequantize()
-    return w[ids]
+    return w.take_rows(ids) if isinstance(w, PackedTensor) else w[ids]

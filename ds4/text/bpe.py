@@ -49,6 +49,10 @@ class BpeBackend:
         self.n_vocab: int = tok.get_vocab_size(with_added_tokens=True)
         self.added: dict[int, str] = {i: token.content for i, token in tok.get_added_tokens_decoder().items()}
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that makes the same tokenizer."""
+        return self._tok.to_str(pretty=True)
+
     def encode(self, text: str) -> list[int]:
         return self._tok.encode(text, add_special_tokens=False).ids
 

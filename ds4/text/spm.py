@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import sentencepiece
 
 _SPACE = "\u2581"  # sentencepiece writes a space so
-_UNKNOWN, _CONTROL, _BYTE = 2, 3, 6  # token_type and SentencePiece.Type alike
+_ORDINARY, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # token_type and SentencePiece.Type alike
+_BPE = 2  # TrainerSpec.model_type
 
 
 class SpmBackend:
@@ -74,7 +75,12 @@ def spm_from_file(path: Path) -> SpmBackend:
 
 
 def spm_from_gguf(metadata: Mapping[str, Any], source: str) -> SpmBackend:
-    """Rebuild from ``tokenizer.ggml.*`` of a GGUF with model ``llama``.
+    """Rebuild from ``tokenizer.ggml.*`` of a GGUF with model ``llama``; errors as of :func:`proto_from_gguf`."""
+    return _from_proto(proto_from_gguf(metadata, source), source)
+
+
+def proto_from_gguf(metadata: Mapping[str, Any], source: str) -> bytes:
+    """The contents of a tokenizer.model from ``tokenizer.ggml.*`` of a GGUF with model ``llama``.
 
     tokens      list[str]    pieces; position = id
     token_type  list[int]    1 ordinary, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte
@@ -95,7 +101,7 @@ def spm_from_gguf(metadata: Mapping[str, Any], source: str) -> SpmBackend:
         _field(1, _field(1, token.encode()) + _tag(2, 5) + struct.pack("<f", score) + _number(3, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)
     )
-    trainer = _number(3, 2)  # model_type = BPE, the only one that GGUF calls "llama"
+    trainer = _number(3, _BPE)  # the only type that GGUF calls "llama"
     trainer += _number(35, int(_BYTE in types))  # byte_fallback
     trainer += _number(40, unknown[0])
     for number, name in ((41, "bos"), (42, "eos"), (43, "padding")):
@@ -107,7 +113,40 @@ def spm_from_gguf(metadata: Mapping[str, Any], source: str) -> SpmBackend:
     normalizer += _number(3, int(metadata.get("tokenizer.ggml.add_space_prefix", True)))
     normalizer += _number(4, int(metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)))
     normalizer += _number(5, 1)  # escape_whitespaces
-    return _from_proto(pieces + _field(2, trainer) + _field(3, normalizer), source)
+    return pieces + _field(2, trainer) + _field(3, normalizer)
+
+
+def gguf_keys_from_proto(data: bytes, source: str) -> dict[str, Any]:
+    """``tokenizer.ggml.*`` of a tokenizer.model: the way back of :func:`proto_from_gguf`.
+
+    Error:   Ds4Error naming ``source`` for a damaged model, and for what GGUF has no keys for: a model that is no BPE,
+             or that rewrites characters before it looks at them.
+    """
+    backend = _from_proto(data, source)
+    pieces: list[dict[int, Any]] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    for number, value in _fields(data):
+        if number == 1:
+            pieces.append(dict(_fields(value)))
+        elif number in (2, 3):
+            (trainer if number == 2 else normalizer).update(_fields(value))
+    if trainer.get(3) != _BPE:
+        raise Ds4Error(f"{source}: is no BPE model, so a GGUF cannot hold it; put a tokenizer.json beside it")
+    if normalizer.get(2):
+        raise Ds4Error(f"{source}: normalises characters, which a GGUF cannot say; put a tokenizer.json beside it")
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [piece[1].decode() for piece in pieces],
+        "tokenizer.ggml.scores": [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces],
+        "tokenizer.ggml.token_type": [piece.get(3, _ORDINARY) for piece in pieces],
+        "tokenizer.ggml.add_space_prefix": bool(normalizer.get(3, True)),
+        "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer.get(4, True)),
+    }
+    pad = backend.special_ids()[2]
+    if pad >= 0:
+        keys["tokenizer.ggml.padding_token_id"] = pad
+    return keys
 
 
 def _from_proto(data: bytes, source: str) -> SpmBackend:
@@ -146,3 +185,29 @@ def _number(number: int, value: int) -> bytes:
 
 def _field(number: int, payload: bytes) -> bytes:
     return _tag(number, 2) + _varint(len(payload)) + payload
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every field of a message that is known to be well formed: integers, or bytes of any other."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(data):
+        tag = varint()
+        kind = tag & 7
+        if kind == 0:
+            yield tag >> 3, varint()
+            continue
+        size = {1: 8, 5: 4}.get(kind) or varint()
+        yield tag >> 3, data[position : position + size]
+        position += size

@@ -15,7 +15,8 @@ import torch
 
 from ds4.errors import Ds4Error
 from ds4.weights.checkpoint import Checkpoint
-from ds4.weights.formats import FORMATS, INTEGER_FORMATS
+from ds4.weights.formats import INTEGER_FORMATS
+from ds4.weights.formats.ggml_other import UNDECODABLE
 from ds4.weights.formats.plain import elements
 from ds4.weights.storage import StoredTensor
 from ds4.weights.tensor import PackedTensor, row_count
@@ -85,7 +86,11 @@ def verify(ckpt: Checkpoint, progress: Callable[[int, int], None] | None = None)
     n_scales = done = n_tensors = 0
     total = ckpt.total_bytes
     for tensor in ckpt.tensors():
-        bad, seen = _bad_scales(tensor)
+        try:
+            bad, seen = _bad_scales(tensor)
+        except Ds4Error as error:  # a format that is checked by decoding it
+            bad, seen = 0, 0
+            defects.append(str(error).removeprefix("tensor "))
         n_scales += seen
         if bad:
             what = "values" if tensor.format in ("f32", "f16", "bf16", "fp8_block") else "scales"
@@ -130,7 +135,7 @@ def _chunks(tensor: StoredTensor, block: int) -> Iterator[torch.Tensor]:
 
 def _bad_values(tensor: StoredTensor) -> tuple[int, int]:
     """The same for a format without an entry above, by decoding it; (0, 0) where ds4 cannot."""
-    if tensor.format not in FORMATS:
+    if tensor.format in UNDECODABLE:
         return 0, 0
     rows = tensor.data.view(row_count(tensor.shape), -1)
     packed = PackedTensor(tensor.name, tensor.format, (rows.shape[0], tensor.shape[-1]), rows)

@@ -1,12 +1,18 @@
-"""FP32 copies of packed weights for the torch references, bounded in memory.
+"""FP32 forms of packed weights for the torch references, in bounded memory.
 
-Weights stay packed in the memory-mapped file; a reference asks for the dense form and gets it from here. The least
-recently used copies go first when the budget is full.
+Weights stay packed in the memory-mapped file. A matrix that is small in FP32 is decoded once and kept, the least
+recently used ones going first when the budget is full. A larger one is decoded anew at every use, a few rows at a time,
+and never exists as a whole: models with such matrices do not fit the budget anyway, and then decoding to tiles in the
+CPU's cache costs a third of what making, storing and dropping a whole copy does (docs/experiments.md).
+
+Which way a weight goes depends on its shape alone, so it is part of the definition of a product, like the order of its
+sum: what was used before cannot change a bit of the result.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,35 +20,51 @@ from torch import Tensor
 from ds4.weights.tensor import PackedTensor, empty
 
 Weight = PackedTensor | Tensor
+Weights = tuple[Weight, ...]
+"""Matrices with the same input, stacked along their rows."""
 
-BUDGET_BYTES = 2 << 30
-"""Upper bound of the dense copies held at a time; a single larger tensor is made, used and dropped."""
+BUDGET_BYTES = 1 << 30
+"""Upper bound of the dense copies held at a time; one that is larger by itself is made, used and dropped."""
+
+TILED_BYTES = 16 << 20
+"""Packed matrices (or stacks of them) above this size in FP32 are decoded tile by tile.  V4-Flash's attention and
+expert matrices are above it, the bundled model's largest matrix has 2 MiB."""
 
 
 class DenseCache:
-    """Least-recently-used cache of dense FP32 tensors, keyed by the packed tensors they were made from."""
+    """Least-recently-used cache of dense FP32 matrices, keyed by the packed tensors they are stacked from."""
 
     def __init__(self, budget_bytes: int = BUDGET_BYTES) -> None:
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
-        self._entries: OrderedDict[object, Tensor] = OrderedDict()
+        self._entries: OrderedDict[Weights, Tensor] = OrderedDict()
 
-    def get(self, key: PackedTensor | tuple[PackedTensor, ...]) -> Tensor:
-        """Dense f32 of one packed matrix, or of several stacked along their rows."""
-        found = self._entries.get(key)
+    def find(self, weights: Weights) -> Tensor | None:
+        """The copy, if it is there."""
+        found = self._entries.get(weights)
         if found is not None:
-            self._entries.move_to_end(key)
-            return found
-        weights = key if isinstance(key, tuple) else (key,)
+            self._entries.move_to_end(weights)
+        return found
+
+    def make(self, weights: tuple[PackedTensor, ...]) -> Tensor:
+        """A new copy, kept if it fits the budget."""
+        size = dense_bytes(weights)
+        keep = size <= self.budget_bytes
+        # Room is made first, so that old copies and the new one together stay within the budget.
+        while keep and self.used_bytes + size > self.budget_bytes:
+            _, dropped = self._entries.popitem(last=False)
+            self.used_bytes -= dropped.nbytes
+            del dropped
         made = _transposed(weights)
-        size = made.numel() * made.element_size()
-        if size <= self.budget_bytes:
-            while self.used_bytes + size > self.budget_bytes:
-                _, dropped = self._entries.popitem(last=False)
-                self.used_bytes -= dropped.numel() * dropped.element_size()
-            self._entries[key] = made
+        if keep:
+            self._entries[weights] = made
             self.used_bytes += size
         return made
+
+
+def dense_bytes(weights: Weights) -> int:
+    """Bytes of the stack of weights in FP32."""
+    return 4 * weights[0].shape[1] * sum(w.shape[0] for w in weights)
 
 
 def _transposed(weights: tuple[PackedTensor, ...]) -> Tensor:
@@ -66,16 +88,35 @@ def _transposed(weights: tuple[PackedTensor, ...]) -> Tensor:
 CACHE = DenseCache()
 
 
-def dense(w: Weight) -> Tensor:
-    """f32 ``[out, in]`` of a packed weight; a torch tensor is returned as it is."""
-    return w if isinstance(w, Tensor) else CACHE.get(w)
+def dense(weights: Weights) -> Tensor | None:
+    """f32 ``[sum(out), in]``, or None if the product with these weights goes tile by tile (``tiles``).
 
-
-def dense_concat(weights: tuple[Weight, ...]) -> Tensor:
-    """f32 ``[sum(out), in]`` of several weights with the same input, stacked along their rows."""
-    if len(weights) == 1:
-        return dense(weights[0])
+    Copies of packed weights are shared: never write to them. A single torch tensor is returned as it is. ValueError if
+    some weights are packed and some are not.
+    """
+    found = CACHE.find(weights)
+    if found is not None:
+        return found
     packed = tuple(w for w in weights if isinstance(w, PackedTensor))
     if len(packed) == len(weights):
-        return CACHE.get(packed)
-    return torch.cat([dense(w) for w in weights])
+        return None if dense_bytes(packed) > TILED_BYTES else CACHE.make(packed)
+    if packed:
+        raise ValueError("the weights of one product must be all packed or all torch tensors")
+    plain = [w for w in weights if isinstance(w, Tensor)]
+    return plain[0] if len(plain) == 1 else torch.cat(plain)
+
+
+def tiles(weights: Weights, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows first..last-1 of a stack of packed weights, a few at a time: (rows, f32 ``[n, in]``).
+
+    A tile is decoded when it is asked for. Where tiles begin depends on the shapes, ``first`` and ``last`` alone.
+    """
+    start = 0
+    for w in weights:
+        assert isinstance(w, PackedTensor)
+        end = start + w.shape[0]
+        low, high = max(first, start), end if last is None else min(last, end)
+        if low < high:
+            for rows, tile in w.tiles(low - start, high - start):
+                yield slice(start + rows.start, start + rows.stop), tile
+        start = end

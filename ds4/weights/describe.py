@@ -11,7 +11,7 @@ from typing import Any
 
 from ds4.weights.checkpoint import Checkpoint
 from ds4.weights.formats import INTEGER_FORMATS
-from ds4.weights.names import expert_of
+from ds4.weights.generation import identify
 
 # Component of a decoded token's weight traffic -> what its canonical names contain; the first match wins.
 _COMPONENTS = (
@@ -37,6 +37,7 @@ _ORDER = (
     "embedding row",
     "norms, tables and biases",
 )
+_EXPERTS = ".ffn.experts."
 # Group of the recipe line -> components that belong to it.
 _RECIPE = {
     "experts": ("routed gate+up", "routed down"),
@@ -46,25 +47,24 @@ _RECIPE = {
 }
 
 
-def describe(ckpt: Checkpoint) -> dict[str, Any]:
+def describe(ckpt: Checkpoint, *, tensors: bool = True) -> dict[str, Any]:
     """Describe a checkpoint from its headers alone.
 
-    returns  path, container, name, architecture, generation (a guess, from the draft head and the dimensions), recipe
-             (formats by group, most bytes first), layers (count by kind), experts, context_length, parameters (total,
-             active, draft), types (count, parameters and bytes by format), total_bytes, draft (the draft head or
-             None), bytes_per_token (by component, trunk only, one token, no draft), tensors (as stored)
+    returns  path, container, name, architecture, generation and the evidence for it, warnings, recipe (formats by
+             group, most bytes first), layers (count by kind), experts, context_length, parameters (total, active,
+             draft), types (count, parameters and bytes by format), total_bytes, draft (the draft head or None),
+             bytes_per_token (by component, trunk only, one token, no draft), and with ``tensors`` the tensors as stored
     Source:  bytes_per_token counts what spec weights.md 6 counts, from the packed sizes: each weight once, routed
              experts num_experts_per_tok times the mean expert of their layer, one row of the embedding.
     """
-    config = ckpt.config
+    config, generation = ckpt.config, identify(ckpt)
     traffic: dict[str, float] = defaultdict(float)
     active = 0.0
     parameters = {"trunk": 0, "draft": 0}
     draft_bytes = 0
     by_group: dict[str, Counter[str]] = {group: Counter() for group in _RECIPE}
     counts: dict[str, int] = {}
-    for name in ckpt.names():
-        fmt, shape, n_bytes = ckpt.stored_as(name)
+    for name, fmt, shape, n_bytes in ckpt.stored_groups():
         n_parameters = 0 if fmt in INTEGER_FORMATS else math.prod(shape)
         if name.startswith("mtp."):
             parameters["draft"] += n_parameters
@@ -76,9 +76,8 @@ def describe(ckpt: Checkpoint) -> dict[str, Any]:
             if component in members:
                 by_group[group][fmt] += n_bytes
         share = 1.0
-        expert = expert_of(name)
-        if expert:
-            prefix = expert[0].rstrip(".")
+        if _EXPERTS in name:
+            prefix = name.partition(_EXPERTS)[0]
             if prefix not in counts:
                 counts[prefix] = ckpt.n_experts(prefix)
             share = config.num_experts_per_tok / counts[prefix]
@@ -88,18 +87,21 @@ def describe(ckpt: Checkpoint) -> dict[str, Any]:
         active += n_parameters * share
     bytes_per_token = {component: round(traffic[component]) for component in _ORDER}
     bytes_per_token["total"] = sum(bytes_per_token.values())
-    return {
+    record: dict[str, Any] = {
         "path": str(ckpt.path),
         "container": ckpt.container,
         "name": _name(ckpt),
         "architecture": str(ckpt.metadata.get("general.architecture") or ckpt.metadata.get("model_type")),
-        "generation": _generation(ckpt),
+        "generation": generation.name,
+        "evidence": list(generation.evidence),
+        "warnings": list(ckpt.warnings),
         "recipe": {group: [fmt for fmt, _ in by_group[group].most_common()] for group in _RECIPE},
         "layers": _layers(ckpt),
         "experts": {
             "routed": sorted(set(counts.values())) or [config.n_routed_experts],
             "per_token": config.num_experts_per_tok,
             "shared": 1,
+            "pruned": ckpt.reap.name if ckpt.reap else None,
         },
         "context_length": config.max_position_embeddings,
         "parameters": {
@@ -111,17 +113,18 @@ def describe(ckpt: Checkpoint) -> dict[str, Any]:
         "total_bytes": ckpt.total_bytes,
         "draft": _draft(ckpt, parameters["draft"], draft_bytes),
         "bytes_per_token": bytes_per_token,
-        "tensors": [
-            {"name": t.name, "shape": list(t.shape), "format": t.format, "bytes": t.nbytes} for t in ckpt.tensors()
-        ],
     }
+    if tensors:
+        record["tensors"] = [
+            {"name": t.name, "shape": list(t.shape), "format": t.format, "bytes": t.nbytes} for t in ckpt.tensors()
+        ]
+    return record
 
 
 def _component(name: str) -> str:
     """The component of spec weights.md 6 that a canonical trunk tensor belongs to."""
-    expert = expert_of(name)
-    if expert:
-        return "routed down" if expert[2] == "w2" else "routed gate+up"
+    if _EXPERTS in name:
+        return "routed down" if name.endswith(".w2.weight") else "routed gate+up"
     for component, marks in _COMPONENTS:
         if any(mark in name for mark in marks):
             return component
@@ -145,21 +148,8 @@ def _draft(ckpt: Checkpoint, parameters: int, n_bytes: int) -> dict[str, Any] | 
     kind = _draft_kind(ckpt)
     if kind is None:
         return None
-    return {"kind": kind, "stages": ckpt.config.n_mtp_layers, "parameters": parameters, "bytes": n_bytes}
-
-
-def _generation(ckpt: Checkpoint) -> str:
-    """A guess: the draft head tells preview from 0731, the dimensions tell Flash from anything else."""
-    config = ckpt.config
-    if (config.hidden_size, config.num_hidden_layers) == (7168, 61):
-        return "V4-Pro"
-    if (config.hidden_size, config.num_hidden_layers) != (4096, 43):
-        return "demo (not V4-Flash dimensions)"
-    if _draft_kind(ckpt) == "dspark" or config.dspark_block_size is not None or "0731" in _name(ckpt):
-        return "V4-Flash 0731 (DSpark)"
-    if _draft_kind(ckpt) == "mtp":
-        return "V4-Flash preview (MTP)"
-    return "V4-Flash (preview or 0731: no draft head to tell)"
+    draft = {"kind": kind, "stages": ckpt.config.n_mtp_layers, "parameters": parameters, "bytes": n_bytes}
+    return draft | {"path": str(ckpt.draft_path) if ckpt.draft_path else None}
 
 
 def _layers(ckpt: Checkpoint) -> dict[str, int]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ds4.errors import Ds4Error
-from ds4.weights.formats import BY_GGML_TYPE, FORMATS
+from ds4.weights.formats import BY_GGML_TYPE, FORMATS, Format
+from ds4.weights.names import SLEEPY
 from ds4.weights.storage import MappedFile, StoredTensor, check_overlap
 
 MAGIC = b"GGUF"
@@ -34,12 +35,10 @@ _SCALARS = {
     12: "<f8",
 }
 _MAX_NAME = 4096
-# Names for messages; the types ds4 reads are those with a ggml_type in the format registry.
-_TYPE_NAMES = {
-    **{2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K"},
-    **{17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"},
-    **{24: "I8", 25: "I16", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0"},
-}
+_MAX_STRING = 1 << 24
+# Strings, numbers, keys and tensors in a header, all together; a real one has half a million, its vocabulary.  Without
+# a bound, a large file of zeros would become a list of as many Python objects.
+_MAX_ITEMS = 1 << 22
 
 
 def read_gguf(file: MappedFile) -> tuple[dict[str, Any], list[StoredTensor]]:
@@ -62,6 +61,8 @@ class _Header:
 
     def __init__(self, file: MappedFile) -> None:
         self.file, self.map, self.pos = file, file.map, 0
+        self.items = 0
+        self.metadata: dict[str, Any] = {}
 
     def fail(self, problem: str) -> Ds4Error:
         return Ds4Error(f"{self.file.path}: {problem}")
@@ -75,10 +76,15 @@ class _Header:
         """Raise unless ``count`` items of at least ``size`` bytes can still follow."""
         if count * size > self.file.size - self.pos:
             raise self.fail(f"{what} runs past the end of the file; it is truncated or damaged")
+        self.items += count
+        if self.items > _MAX_ITEMS:
+            raise self.fail(f"{what} makes the header longer than {_MAX_ITEMS} values; the file is damaged")
 
     def string(self, what: str) -> str:
         length = self.take("Q")
-        self.room(length, 1, what)
+        self.room(1, length, what)
+        if length > _MAX_STRING:
+            raise self.fail(f"{what} of {length} bytes is not believable; the file is damaged")
         self.pos += length
         return self.map[self.pos - length : self.pos].decode()
 
@@ -129,7 +135,7 @@ class _Header:
         n_tensors, n_keys = self.take("Q"), self.take("Q")
         self.room(n_keys, 13, f"a list of {n_keys} keys")
         self.room(n_tensors, 24, f"a list of {n_tensors} tensors")
-        metadata: dict[str, Any] = {}
+        metadata = self.metadata
         for _ in range(n_keys):
             key = self.string("a key")
             if key in metadata:
@@ -161,17 +167,27 @@ class _Header:
         shape = tuple(self.take("Q") for _ in range(n_dims))[::-1]
         return name, shape, self.take("I"), self.take("Q")
 
+    def format(self, name: str, type_id: int) -> Format:
+        """The format of a tensor: its type's, but for the sleepy dialect, whose tensors borrow a type's number."""
+        fmt = BY_GGML_TYPE.get(type_id)
+        if fmt is None:
+            raise self.fail(f"tensor {name!r:.200} has type number {type_id}, which ds4 does not know")
+        if name.endswith(SLEEPY):
+            if fmt.name != "nvfp4":
+                raise self.fail(f"tensor {name!r:.200} must have type number 40, not {type_id} ({fmt.name})")
+            return FORMATS["nvfp4_sleepy"]
+        return fmt
+
     def place(
         self, name: str, shape: tuple[int, ...], type_id: int, offset: int, start: int, alignment: int
     ) -> StoredTensor:
         """Check one tensor against the file and its format."""
-        fmt = BY_GGML_TYPE.get(type_id)
-        if fmt is None:
-            kind = f"{_TYPE_NAMES.get(type_id, 'unknown')} (id {type_id})"
-            known = " ".join(f.name for f in FORMATS.values() if f.ggml_type is not None)
-            raise self.fail(f"tensor {name!r:.200} has type {kind}, which ds4 cannot read; it reads {known}")
-        if any(n < 1 for n in shape):
-            raise self.fail(f"tensor {name!r:.200} has an empty dimension: {list(shape)}")
+        fmt = self.format(name, type_id)
+        if 0 in shape:
+            policy = self.metadata.get("reap.layer.policy")
+            disabled = isinstance(policy, list) and 3 in policy
+            why = "; layers without experts (reap.layer.policy 3) are not supported" if disabled else ""
+            raise self.fail(f"tensor {name!r:.200} has an empty dimension: {list(shape)}{why}")
         n_cols = shape[-1] if shape else 1
         if n_cols % fmt.block:
             raise self.fail(

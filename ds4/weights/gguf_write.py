@@ -1,35 +1,45 @@
 """Writing a ``deepseek4`` GGUF file: llama.cpp's metadata keys and names.
 
 An MTP block goes in as one more block, ``blk.N.nextn.*``, which llama.cpp loads; that form has no place for a stream
-collapse (hc_head) of the block's own, so a block that has one is written as ``mtp.S.*``, which only ds4 loads.
+collapse (hc_head) of the block's own, so a block that has one is written as ``mtp.S.*``, which only ds4 loads.  So are
+DSpark stages.
 
-Source:  spec weights.md 3.1 to 3.3.
+Source:  spec weights.md 3.1 to 3.4.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ds4.config import ModelConfig
-from ds4.config_keys import GGUF_KEYS
 from ds4.errors import Ds4Error
 from ds4.weights import names
 from ds4.weights.formats import FORMATS, INTEGER_FORMATS
+from ds4.weights.gguf_keys import header_bytes, model_keys
 from ds4.weights.opening import open_checkpoint
+from ds4.weights.replacement import Replacement, check_space
+from ds4.weights.tensor import PackedTensor, row_count
+from ds4.weights.writing import MULTIPLIER, FileLayout, Item, Layout, Place, write_items
 
-if TYPE_CHECKING:
-    import gguf
-
-# general.file_type says what most weights are; it informs people and is never dispatched on.
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, "nvfp4": 39}
+_ALIGNMENT = 32
+_NEXTN = {canonical: suffix for suffix, canonical in names.NEXTN.items()}
+# What a DSpark stage has besides a block and an MTP head's tensors; in a GGUF it keeps its name.
+_DSPARK = (
+    "main_proj.weight",
+    "main_norm.weight",
+    "markov_head.markov_w1.weight",
+    "markov_head.markov_w2.weight",
+    "confidence_head.proj.weight",
+    "confidence_head.proj.bias",
+)
 
 
 def write_gguf(
@@ -57,197 +67,201 @@ def write_gguf(
     returns  the path written
     Error:   ValueError for tensors that cannot be written (unknown name or format, gaps in a stack, not finite, wrong
              row length); Ds4Error if the file cannot be written, or would not open again with the same config.
-    Limits:  the packed tensors are held in memory until the file is complete.
     """
-    import gguf
-
     path = Path(path)
-    tensors = list(tensors)
-    draft = [n for n, _, _ in tensors if n.startswith("mtp.0.")]
-    as_nextn = config.n_mtp_layers == 1 and bool(draft) and not any("hc_head" in n for n in draft)
-    packed = list(_stacked(tensors, without_multiplier="" if not multipliers else "mtp." if as_nextn else None))
-    if as_nextn:
-        packed = _as_nextn_block(packed, config.num_hidden_layers)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".gguf")
-        os.close(handle)
-    except OSError as error:
-        raise Ds4Error(f"{path}: cannot be written: {error.strerror or error}") from None
-    try:
-        writer = gguf.GGUFWriter(temporary, "deepseek4")
-        weights: dict[str, int] = dict.fromkeys(_FILE_TYPES, 0)
-        for _, tensor in packed:
-            if tensor.format in weights:
-                weights[tensor.format] += math.prod(tensor.shape)
-        _add_metadata(writer, _metadata(config, name, max(weights, key=lambda fmt: weights[fmt]), int(as_nextn)))
-        _add_metadata(writer, {**tokenizer_metadata, **(extra or {})})
-        for gguf_name, tensor in packed:
-            form = FORMATS[tensor.format]
-            raw = gguf.GGMLQuantizationType(form.ggml_type or 0)  # _pack refused formats without one
-            data = tensor.data.reshape(*tensor.shape[:-1], form.row_bytes(tensor.shape[-1]))
-            writer.add_tensor(gguf_name, data.numpy(), raw_dtype=raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        written = open_checkpoint(temporary).config
-        if written != config:
-            different = [field for field in vars(config) if getattr(written, field) != getattr(config, field)]
-            raise Ds4Error(f"{path}: the GGUF would not hold the same {', '.join(different)}; nothing was written")
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Ds4Error(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    items: dict[str, Item] = {}
+    for canonical, values, fmt in tensors:
+        if canonical in items:
+            raise ValueError(f"{canonical}: given twice")
+        items[canonical] = _item(canonical, values, fmt, multipliers)
+    shared = not any(canonical.startswith("mtp.0.hc_head_") for canonical in items)
+    if shared and config.n_mtp_layers == 1:
+        items = {canonical: without_draft_multiplier(item) for canonical, item in items.items()}
+    plan = plan_gguf(items, config, shared_collapse=shared)
+    keys = model_keys(config, name, plan.n_weights, plan.n_nextn)
+    place = Replacement(path)
+    layout = plan.layout(place.target.name, keys | dict(tokenizer_metadata) | dict(extra or {}))
+    check_space(path, layout.size)
+    with place:
+        write_items(place.work, layout, plan.items)
+        check_gguf(place.work / place.target.name, config, path)
+        place.commit_files()
     return path
 
 
-def _umask() -> int:
-    """The process's file mode mask: a temporary file is private, the finished one should be like any other."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def without_draft_multiplier(item: Item) -> Item:
+    """The item; one of a draft block that is quantised anew gets no multiplier: llama.cpp, which skips such a block's
+    weights, would count their ``.scale`` tensors as unknown ones and refuse the file."""
+    return replace(item, with_multiplier=False) if item.name.startswith("mtp.") else item
 
 
-@dataclass(frozen=True, eq=False)
-class _Packed:
-    """One tensor ready to store: data uint8 [n_rows, row_bytes], and its multiplier where the format has one."""
-
-    format: str
-    shape: tuple[int, ...]
-    data: torch.Tensor
-    multiplier: float | None
+def check_gguf(written: Path, config: ModelConfig, path: Path) -> None:
+    """Raise Ds4Error, speaking of ``path``, unless the file just written opens with the same config."""
+    found = open_checkpoint(written).config
+    if found != config:
+        different = [field for field in vars(config) if getattr(found, field) != getattr(config, field)]
+        raise Ds4Error(f"{path}: the GGUF would not hold the same {', '.join(different)}; nothing was written")
 
 
-def _stacked(
-    tensors: Iterable[tuple[str, torch.Tensor, str]], *, without_multiplier: str | None
-) -> Iterator[tuple[str, _Packed]]:
-    """(GGUF name, tensor) of everything to store, in the order in which each name first comes.
-
-    Names that begin with ``without_multiplier`` get none: llama.cpp skips a draft block's weights but would count their
-    ``.scale`` tensors as unknown ones and refuse the file.
-    """
-    stacks: dict[str, dict[int | None, _Packed]] = {}
-    for canonical, values, fmt in tensors:
-        place = names.to_gguf(canonical)
-        if place is None:
-            raise ValueError(f"{canonical}: no GGUF name is known for this tensor")
-        gguf_name, expert = place
-        stack = stacks.setdefault(gguf_name, {})
-        if expert in stack:
-            raise ValueError(f"{canonical}: given twice")
-        plain = without_multiplier is not None and canonical.startswith(without_multiplier)
-        stack[expert] = _pack(canonical, values, fmt, with_multiplier=not plain)
-    for gguf_name, stack in stacks.items():
-        if set(stack) not in ({None}, set(range(len(stack)))):
-            raise ValueError(f"{gguf_name}: experts are not 0..{len(stack) - 1} without gaps")
-        parts = [stack[key] for key in sorted(stack, key=lambda expert: expert or 0)]
-        fmt, shape = parts[0].format, parts[0].shape
-        if any((part.format, part.shape) != (fmt, shape) for part in parts):
-            raise ValueError(f"{gguf_name}: experts differ in format or shape")
-        full = shape if None in stack else (len(parts), *shape)
-        yield gguf_name, _Packed(fmt, full, torch.cat([part.data for part in parts]), None)
-        if parts[0].multiplier is not None:
-            scales = torch.tensor([[part.multiplier for part in parts]], dtype=torch.float32).view(torch.uint8)
-            yield gguf_name.removesuffix(".weight") + ".scale", _Packed("f32", (len(parts),), scales, None)
-
-
-def _as_nextn_block(packed: list[tuple[str, _Packed]], number: int) -> list[tuple[str, _Packed]]:
-    """``mtp.0.*`` renamed to ``blk.<number>.*``; e_proj and h_proj become the columns of one eh_proj."""
-    nextn = {canonical: suffix for suffix, canonical in names.NEXTN.items()}
-    found = dict(packed)
-    out = []
-    for name, tensor in packed:
-        suffix = name.removeprefix("mtp.0.")
-        if suffix == name:
-            out.append((name, tensor))
-        elif suffix == "e_proj.weight":
-            h = found["mtp.0.h_proj.weight"]
-            if (h.format, h.shape) != (tensor.format, tensor.shape):
-                raise ValueError(f"{name}: e_proj and h_proj differ in format or shape")
-            both = torch.cat((tensor.data, h.data), dim=1)
-            joined = _Packed(tensor.format, (tensor.shape[0], 2 * tensor.shape[1]), both, None)
-            out.append((f"blk.{number}.{names.EH_PROJ}", joined))
-        elif suffix != "h_proj.weight":
-            out.append((f"blk.{number}.{'nextn.' + nextn[suffix] if suffix in nextn else suffix}", tensor))
-    return out
-
-
-def _pack(name: str, values: torch.Tensor, fmt: str, *, with_multiplier: bool) -> _Packed:
-    """One tensor in a format, on the CPU; ValueError for values that the format cannot hold."""
+def _item(name: str, values: torch.Tensor, fmt: str, with_multiplier: bool) -> Item:
+    """Values to be written, checked; ValueError for values that the format cannot hold."""
     form = FORMATS.get(fmt)
     if form is None or form.quantize is None or form.ggml_type is None:
         raise ValueError(f"{name}: ds4 cannot write format {fmt!r}")
-    values = values.detach().cpu()
     if not values.dim() or not values.numel() or values.shape[-1] % form.block:
         raise ValueError(f"{name}: shape {list(values.shape)} does not fit {fmt}, whose blocks hold {form.block}")
     if values.is_floating_point() == (fmt in INTEGER_FORMATS):
         raise ValueError(f"{name}: {values.dtype} values cannot be stored as {fmt}")
     if values.is_floating_point() and not values.isfinite().all():
         raise ValueError(f"{name}: holds infinities or not-a-numbers")
-    rows = values.reshape(-1, values.shape[-1])
-    if fmt not in INTEGER_FORMATS:
-        rows = rows.to(torch.float32)
-    multiplier = form.multiplier(rows) if form.multiplier and with_multiplier else None
-    return _Packed(fmt, tuple(values.shape), form.quantize(rows / multiplier if multiplier else rows), multiplier)
+
+    def load() -> PackedTensor:
+        dtype = torch.float32 if values.is_floating_point() else torch.int64
+        rows = values.detach().to("cpu", dtype).reshape(-1, values.shape[-1]).contiguous()
+        stored = "f32" if dtype == torch.float32 else "i64"
+        return PackedTensor(name, stored, tuple(values.shape), rows.view(torch.uint8))
+
+    return Item(name, load, fmt, tuple(values.shape), with_multiplier)
 
 
-def _metadata(config: ModelConfig, name: str, main_format: str, n_nextn: int) -> dict[str, Any]:
-    """Every key that llama.cpp's loader reads for the architecture; it counts ``n_nextn`` draft blocks as blocks."""
-    keys: dict[str, Any] = {"general.type": "model", "general.name": name}
-    keys["general.file_type"] = _FILE_TYPES[main_format]
-    keys["general.quantization_version"] = 2
-    model = {key: getattr(config, field) for field, key in GGUF_KEYS.items()}
-    layers = config.num_hidden_layers + n_nextn
-    model |= {
-        "block_count": layers,
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "embedding_length_out": config.hidden_size * config.hc_mult,
-        "attention.head_count_kv": 1,
-        "attention.value_length": config.head_dim,
-        "attention.compress_ratios": [*config.compress_ratios, *[0] * n_nextn],
-        "attention.compress_rope_freq_base": config.compress_rope_theta,
-        "expert_shared_count": 1,
-        "expert_weights_norm": True,
-        "expert_gating_func": 4,
-        "swiglu_clamp_exp": [float(config.swiglu_limit)] * layers,
-        "swiglu_clamp_shexp": [float(config.swiglu_limit)] * layers,
-    }
-    if n_nextn:
-        model["nextn_predict_layers"] = n_nextn
-    if config.rope_original_max_position:
-        model |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": config.rope_factor,
-            "rope.scaling.original_context_length": config.rope_original_max_position,
-            "rope.scaling.yarn_beta_fast": config.rope_beta_fast,
-            "rope.scaling.yarn_beta_slow": config.rope_beta_slow,
-        }
-    else:
-        model["rope.scaling.type"] = "none"
-    keys |= {f"deepseek4.{key}": value for key, value in model.items()}
-    keys["tokenizer.ggml.bos_token_id"] = config.bos_token_id
-    keys["tokenizer.ggml.eos_token_id"] = config.eos_token_id
-    return keys
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return row_count(self.shape) * FORMATS[self.format].row_bytes(self.shape[-1])
 
 
-def _add_metadata(writer: gguf.GGUFWriter, keys: Mapping[str, Any]) -> None:
-    """Add keys with the types llama.cpp expects: uint32, float32, bool, string; arrays of int32, float32, string."""
-    import gguf
+@dataclass(frozen=True)
+class Plan:
+    """What goes into a GGUF file and where, all but the metadata.
 
-    kinds = gguf.GGUFValueType
-    scalars = {bool: kinds.BOOL, int: kinds.UINT32, float: kinds.FLOAT32, str: kinds.STRING}
-    items = {**scalars, int: kinds.INT32}
-    for key, value in keys.items():
-        if key in writer.kv_data[0]:
-            del writer.kv_data[0][key]  # the caller's tokenizer keys win
-        if isinstance(value, list | tuple):
-            if not value:
-                continue
-            writer.add_key_value(key, list(value), kinds.ARRAY, items[type(value[0])])
-        elif type(value) is int and not 0 <= value < 1 << 32:
-            writer.add_key_value(key, value, kinds.INT64)
-        else:
-            writer.add_key_value(key, value, scalars[type(value)])
+    items    what is written, without draft weights that llama.cpp's form has no place for
+    entries  the file's tensors in their order
+    places   item -> role -> place
+    n_nextn  draft blocks in llama.cpp's form
+    """
+
+    items: tuple[Item, ...]
+    entries: tuple[Entry, ...]
+    places: Mapping[str, Mapping[str, Place]]
+    n_nextn: int
+
+    def layout(self, file_name: str, keys: Mapping[str, Any]) -> Layout:
+        """The file, with a header that holds these keys."""
+        header = header_bytes(keys, [(entry.name, entry.format, entry.shape) for entry in self.entries])
+        offsets, end = {}, _padded(len(header))
+        for entry in self.entries:
+            offsets[entry.name] = end
+            end += _padded(entry.n_bytes)
+        return Layout((FileLayout(file_name, header, offsets, end),), self.places)
+
+    @property
+    def n_weights(self) -> Counter[str]:
+        """Weights of each format."""
+        counts: Counter[str] = Counter()
+        for item in self.items:
+            counts[item.format] += math.prod(item.shape)
+        return counts
+
+
+def plan_gguf(items: Mapping[str, Item], config: ModelConfig, *, shared_collapse: bool) -> Plan:
+    """Give every item a place in a GGUF file.
+
+    items            by canonical name, in the order of the file
+    shared_collapse  the draft block has no stream collapse of its own, or one that equals the trunk's
+    Error:           ValueError for an unknown name, experts with gaps, or a stack of different formats or shapes
+    """
+    nextn = config.num_hidden_layers if _fits_nextn(items, config, shared_collapse) else None
+    stacks: dict[str, dict[int | None, Item]] = {}
+    for item in items.values():
+        place = _gguf_name(item.name, nextn)
+        if place is not None:
+            stacks.setdefault(place[0], {})[place[1]] = item
+    entries: list[Entry] = []
+    places: dict[str, dict[str, Place]] = {}
+    for name, stack in stacks.items():
+        _check_stack(name, stack)
+        first = next(iter(stack.values()))
+        shape = first.shape if None in stack else (len(stack), *first.shape)
+        halves = name.endswith(names.EH_PROJ)
+        if halves:
+            shape = (first.shape[0], 2 * first.shape[1])
+        entries.append(Entry(name, first.format, shape))
+        with_multiplier = any(_has_multiplier(item) for item in stack.values())
+        if with_multiplier:
+            entries.append(Entry(_scale_name(name), "f32", (len(stack),)))
+        for expert, item in stack.items():
+            if halves:
+                places[item.name] = {"": Place(name, (expert or 0) * item.row_bytes, 2 * item.row_bytes)}
+            else:
+                places[item.name] = {"": Place(name, (expert or 0) * item.data_bytes)}
+            if with_multiplier:
+                places[item.name][MULTIPLIER] = Place(_scale_name(name), 4 * (expert or 0))
+    kept = tuple(item for item in items.values() if item.name in places)
+    return Plan(kept, tuple(entries), places, int(nextn is not None))
+
+
+def _fits_nextn(items: Mapping[str, Item], config: ModelConfig, shared_collapse: bool) -> bool:
+    """Whether the draft head is one that llama.cpp's form can hold."""
+    if config.n_mtp_layers != 1 or not shared_collapse or "mtp.0.e_proj.weight" not in items:
+        return False
+    e, h = items["mtp.0.e_proj.weight"], items.get("mtp.0.h_proj.weight")
+    if h is None or _has_multiplier(e) or _has_multiplier(h):
+        return False
+    return (e.format, e.shape) == (h.format, h.shape)
+
+
+def _has_multiplier(item: Item) -> bool:
+    return item.with_multiplier and FORMATS[item.format].multiplier is not None
+
+
+def _gguf_name(name: str, nextn: int | None) -> tuple[str, int | None] | None:
+    """(stored tensor, expert or half in it) of a canonical name; None for what llama.cpp's form leaves out.
+
+    nextn  the number of the block that the draft head becomes, None where it stays ``mtp.S.*``
+    """
+    _, _, suffix = name.removeprefix("mtp.").partition(".")
+    if nextn is not None and name.startswith("mtp.0."):
+        if suffix.startswith("hc_head_"):
+            return None
+        if suffix in ("e_proj.weight", "h_proj.weight"):
+            return f"blk.{nextn}.{names.EH_PROJ}", int(suffix.startswith("h"))
+        if suffix in _NEXTN:
+            return f"blk.{nextn}.nextn.{_NEXTN[suffix]}", None
+    place = names.to_gguf(name)
+    if place is None and name.startswith("mtp.") and suffix in _DSPARK:
+        return name, None
+    if place is None:
+        raise ValueError(f"{name}: no GGUF name is known for this tensor")
+    if nextn is not None and name.startswith("mtp.0."):
+        return f"blk.{nextn}.{place[0].removeprefix('mtp.0.')}", place[1]
+    return place
+
+
+def is_known(name: str) -> bool:
+    """Whether a GGUF has a name for a canonical tensor."""
+    try:
+        return _gguf_name(name, None) is not None
+    except ValueError:
+        return False
+
+
+def _check_stack(name: str, stack: Mapping[int | None, Item]) -> None:
+    if set(stack) not in ({None}, set(range(len(stack)))):
+        raise ValueError(f"{name}: experts are not 0..{len(stack) - 1} without gaps")
+    if len({(item.format, item.shape) for item in stack.values()}) > 1:
+        raise ValueError(f"{name}: experts differ in format or shape")
+
+
+def _scale_name(name: str) -> str:
+    return name.removesuffix(".weight") + ".scale"
+
+
+def _padded(n: int) -> int:
+    return -(-n // _ALIGNMENT) * _ALIGNMENT

@@ -1,11 +1,13 @@
 """GGUF names <-> canonical names (those of the official safetensors), one table.
 
-Source:  spec weights.md 1, 3.2 and 3.3.
+Source:  spec weights.md 1, 3.2, 3.3 and 3.5.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 # Outside the blocks: GGUF name -> canonical name.
 GLOBAL = {
@@ -71,16 +73,48 @@ NEXTN = {
     "shared_head_norm.weight": "norm.weight",
 }
 EH_PROJ = "nextn.eh_proj.weight"
+# The sleepy dialect's way of saying that a tensor is nvfp4_sleepy, and where its multipliers are: instead of ".weight".
+SLEEPY = ".nvfp4_weight"
+SLEEPY_SCALE = ".nvfp4_scale_2"
 
-_BLOCK_NAME = re.compile(r"(blk|mtp)\.(0|[1-9][0-9]{0,3})\.(.+)")
+_BLOCK_NAME = re.compile(r"([a-z]+)\.(0|[1-9][0-9]{0,3})\.(.+)")
 _EXPERT_NAME = re.compile(r"((?:layers|mtp)\.[0-9]+\.)ffn\.experts\.([0-9]+)\.(w[123])\.weight")
 _TO_GGUF = {canonical: gguf for gguf, canonical in (BLOCK | MTP).items()}
 _GLOBAL_TO_GGUF = {canonical: gguf for gguf, canonical in GLOBAL.items()}
 _EXPERTS_TO_GGUF = {matrix: gguf for gguf, matrix in EXPERTS.items()}
 
 
+@dataclass(frozen=True)
+class NameTable:
+    """How a dialect names its tensors.
+
+    whole   GGUF name -> canonical name, for tensors outside of the blocks
+    block   what "blk" and 3 of "blk.3.<suffix>" stand for: the canonical prefix ("layers.3.") and the names of single
+            tensors in such a block (suffix -> canonical suffix); None for a block that is not wanted.  Stacks of
+            experts and ``EH_PROJ`` are known without being in that table.
+    """
+
+    whole: Mapping[str, str]
+    block: Callable[[str, int], tuple[str, Mapping[str, str]] | None]
+
+
+def trunk_table(nextn: list[int]) -> NameTable:
+    """The names of a trunk and its draft blocks: antirez's ``mtp.S.``, llama.cpp's ``blk.N.`` for N in ``nextn``."""
+    draft = BLOCK | {f"nextn.{suffix}": canonical for suffix, canonical in NEXTN.items()}
+    antirez = BLOCK | MTP
+
+    def block(kind: str, number: int) -> tuple[str, Mapping[str, str]] | None:
+        if kind == "mtp":
+            return f"mtp.{number}.", antirez
+        if kind != "blk":
+            return None
+        return (f"mtp.{nextn.index(number)}.", draft) if number in nextn else (f"layers.{number}.", BLOCK)
+
+    return NameTable(GLOBAL, block)
+
+
 def split_block(name: str) -> tuple[str, int, str] | None:
-    """``("blk" or "mtp", number, suffix)`` of a GGUF tensor inside a block, None for any other name."""
+    """``("blk", number, suffix)`` of a GGUF tensor inside a block of any kind, None for any other name."""
     match = _BLOCK_NAME.fullmatch(name)
     return (match[1], int(match[2]), match[3]) if match else None
 
@@ -108,3 +142,9 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
     """``("layers.3.", expert, "w1")`` of a canonical routed-expert name, None for any other."""
     match = _EXPERT_NAME.fullmatch(name)
     return (match[1], int(match[2]), match[3]) if match else None
+
+
+def stack_of(name: str) -> str | None:
+    """``layers.3.ffn.experts.*.w1.weight``, the name of a whole stack, of a canonical routed-expert name; or None."""
+    match = _EXPERT_NAME.fullmatch(name)
+    return f"{match[1]}ffn.experts.*.{match[3]}.weight" if match else None

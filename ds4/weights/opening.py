@@ -12,23 +12,33 @@ from pathlib import Path
 from ds4.errors import Ds4Error
 from ds4.weights import gguf, safetensors
 from ds4.weights.checkpoint import Checkpoint
-from ds4.weights.gguf_open import open_gguf
+from ds4.weights.draft import attach_draft, open_draft
+from ds4.weights.gguf_open import open_gguf, part_set
 from ds4.weights.safetensors_open import open_safetensors
 from ds4.weights.storage import MappedFile
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a GGUF file, a safetensors file or shard, or a directory that holds either.
+def open_checkpoint(
+    path: str | os.PathLike[str], draft: str | os.PathLike[str] | None = None, *, replace_draft: bool = False
+) -> Checkpoint:
+    """Open a GGUF file or part, a safetensors file or shard, or a directory that holds one checkpoint of either kind.
 
-    Error:   Ds4Error, one line, for everything that can be wrong with the files.
+    draft          a draft head in a file of its own, see ``ds4.weights.draft``
+    replace_draft  whether it may take the place of one that the checkpoint has
+    Error:         Ds4Error, one line, for everything that can be wrong with the files.
     """
-    path = Path(path).expanduser()
+    ckpt = _open(Path(path).expanduser())
+    return ckpt if draft is None else attach_draft(ckpt, open_draft(draft), replace=replace_draft)
+
+
+def _open(path: Path) -> Checkpoint:
     if not path.exists():
         raise Ds4Error(f"{path}: no such file or directory")
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if ggufs and not any(path.glob("*.safetensors")) and not (path / safetensors.INDEX).exists():
-            if len(ggufs) > 1:
+            sets = {part_set(file) for file in ggufs}
+            if len(ggufs) > 1 and (len(sets) > 1 or None in sets):
                 raise Ds4Error(f"{path}: holds {len(ggufs)} GGUF files; name one of them")
             return open_gguf(ggufs[0])
         return open_safetensors(path)

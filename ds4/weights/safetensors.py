@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from ds4.errors import Ds4Error
-from ds4.weights.companions import RAW
 from ds4.weights.storage import MappedFile, StoredTensor, check_overlap
 
 INDEX = "model.safetensors.index.json"
 
-_FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I64": "i64", "I32": "i32"}
-_FORMATS |= {dtype: raw for raw, dtype in RAW.items()}  # what they mean, their companions tell
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
-_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+# dtype -> what ds4 calls such elements, and their bytes.  What 8-bit elements mean, their companions tell; the last two
+# lines ds4 cannot decode, which is no fault in a tensor that the model does not need.
+_DTYPES = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2), "I64": ("i64", 8), "I32": ("i32", 4)}
+_DTYPES |= {"F8_E4M3": ("e4m3", 1), "F8_E8M0": ("e8m0", 1), "I8": ("i8", 1), "U8": ("u8", 1)}
+_DTYPES |= {"F64": ("f64", 8), "U64": ("u64", 8), "U32": ("u32", 4), "I16": ("i16", 2), "U16": ("u16", 2)}
+_DTYPES |= {"F8_E5M2": ("f8_e5m2", 1), "BOOL": ("bool", 1)}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
+_INTEGER = {int}
+_Kind = tuple[str, tuple[int, ...], int]  # format, shape, bytes
 
 
 def read_json(path: Path) -> Any:
@@ -47,11 +50,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_safetensors(file: MappedFile) -> list[StoredTensor]:
-    """The tensors of one safetensors file, in file order, without the parts that ds4 ignores.
+    """The tensors of one safetensors file, in the order of its header, with the file's own names.
 
-    Those of 8-bit elements have a format of ``companions.RAW`` until they are grouped.
+    The format is the dtype in lower case, but for e4m3 and e8m0.
     Error:   Ds4Error naming the file, and the tensor where it is about one: a header past the end or malformed, bytes
-             that do not match dtype and shape, overlaps, a dtype that ds4 does not read.
+             that do not match dtype and shape, overlaps.
     """
     fail = f"{file.path}: "
     if file.size < 8:
@@ -63,44 +66,40 @@ def read_safetensors(file: MappedFile) -> list[StoredTensor]:
     if not isinstance(header, dict):
         raise Ds4Error(fail + "the header is not a JSON object")
     header.pop("__metadata__", None)
-    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
+    kinds: dict[tuple[Any, ...], _Kind] = {}
+    tensors = [_tensor(file, name, entry, 8 + length, kinds) for name, entry in header.items()]
     check_overlap(tensors)
-    return [t for t in tensors if t.format]
+    return tensors
 
 
-def _tensor(file: MappedFile, name: str, entry: Any, start: int) -> StoredTensor:
-    """One checked header entry; its format is "" where ds4 ignores the tensor."""
+def _tensor(file: MappedFile, name: str, entry: Any, start: int, kinds: dict[tuple[Any, ...], _Kind]) -> StoredTensor:
+    """One checked header entry.  The thousands of experts of a file are of a few ``kinds`` and share their parts."""
 
     def fail(problem: str) -> Ds4Error:
         return Ds4Error(f"{file.path}: tensor {name!r:.200} {problem}")
 
     if not isinstance(entry, dict):
         raise fail("has no description")
-    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _BYTES:
+    dtype, dims, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise fail(f"has unknown dtype {dtype!r:.60}")
-    if not isinstance(shape, list) or len(shape) > 8 or any(type(n) is not int or n < 0 for n in shape):
-        raise fail(f"has a malformed shape {shape!r:.60}")
-    if not isinstance(span, list) or len(span) != 2 or any(type(n) is not int for n in span):
+    if not isinstance(dims, list) or len(dims) > 8 or not set(map(type, dims)) <= _INTEGER or min(dims, default=0) < 0:
+        raise fail(f"has a malformed shape {dims!r:.60}")
+    if not isinstance(span, list) or len(span) != 2 or set(map(type, span)) != _INTEGER:
         raise fail("has malformed data_offsets")
     begin, end = span
     if not 0 <= begin <= end:
         raise fail(f"has impossible data_offsets {span}")
-    if end - begin != math.prod(shape) * _BYTES[dtype]:
-        raise fail(f"has {end - begin} bytes, but {dtype} {shape} needs {math.prod(shape) * _BYTES[dtype]}")
+    key = (dtype, *dims)
+    if key not in kinds:
+        fmt, size = _DTYPES[dtype]
+        kinds[key] = fmt, tuple(dims), math.prod(dims) * size
+    fmt, shape, n_bytes = kinds[key]
+    if end - begin != n_bytes:
+        raise fail(f"has {end - begin} bytes, but {dtype} {dims} needs {n_bytes}")
     if start + end > file.size:
         raise fail(f"ends at byte {start + end} of a file of {file.size}; the file is truncated or damaged")
-    ignored = is_ignored(name)
-    if not ignored and dtype not in _FORMATS:
-        raise fail(f"has dtype {dtype}, which ds4 cannot read; it reads {' '.join(_FORMATS)}")
-    if not ignored and not math.prod(shape):
-        raise fail(f"is empty: {shape}")
-    return StoredTensor(name, "" if ignored else _FORMATS[dtype], tuple(shape), file, start + begin, end - begin)
-
-
-def is_ignored(name: str) -> bool:
-    """Whether a text model does without this tensor: parts of the multimodal releases (spec weights.md 1.1)."""
-    return name.startswith(("vision.", "aligner.", "image_")) or name.endswith(".gate.bias_vl")
+    return StoredTensor(name, fmt, shape, file, start + begin, n_bytes)
 
 
 def find_shards(path: Path) -> tuple[Path, list[Path], dict[str, str] | None]:
@@ -112,8 +111,8 @@ def find_shards(path: Path) -> tuple[Path, list[Path], dict[str, str] | None]:
     """
     directory = path if path.is_dir() else path.parent
     index = directory / INDEX
-    if index.is_file() and (path.is_dir() or path == index or path.name in _weight_map(index).values()):
-        weight_map = _weight_map(index)
+    weight_map = _weight_map(index) if index.is_file() else None
+    if weight_map and (path.is_dir() or path == index or path.name in weight_map.values()):
         shards = [directory / name for name in sorted(set(weight_map.values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
@@ -136,12 +135,19 @@ def find_shards(path: Path) -> tuple[Path, list[Path], dict[str, str] | None]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, one string object a file; ``metadata`` is not read, it is often stale."""
     contents = read_json(index)
     weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise Ds4Error(f"{index}: has no weight_map")
+    files: dict[str, str] = {}
     for name, shard in weight_map.items():
-        # A shard is a plain file name: an index must not reach outside its directory.
-        if not isinstance(shard, str) or not shard.isprintable() or shard in ("", ".", "..") or set(shard) & set("/\\"):
+        if not isinstance(shard, str) or (shard not in files and not _is_file_name(shard)):
             raise Ds4Error(f"{index}: weight_map sends {name!r:.100} to {shard!r:.100}, which is not a file name")
+        weight_map[name] = files.setdefault(shard, shard)
     return weight_map
+
+
+def _is_file_name(shard: str) -> bool:
+    """Whether it stays in its directory: an index must not reach outside."""
+    return shard.isprintable() and shard not in ("", ".", "..") and not set(shard) & set("/\\")

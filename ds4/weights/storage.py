@@ -6,6 +6,7 @@ import itertools
 import mmap
 import os
 import warnings
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class MappedFile:
     """A read-only memory map of a whole file; pages are read when touched, and stay mapped while a tensor uses them.
 
     path    the file
+    fd      a descriptor of the same file, for reading without touching the map; closed with the object
     map     the map, for parsing headers (slices are bytes)
     bytes   uint8 [size], the same memory as a tensor; writing to it would crash the process
     Error:  Ds4Error for a file that cannot be opened or is empty.
@@ -31,14 +33,32 @@ class MappedFile:
                 if self.size == 0:
                     raise Ds4Error(f"{path}: the file is empty")
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self.fd = os.dup(file.fileno())
         except (OSError, ValueError) as error:
             raise Ds4Error(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns that the memory is not writable: it is not
             self.bytes = torch.frombuffer(self.map, dtype=torch.uint8)
+        weakref.finalize(self, os.close, self.fd)
+
+    def read_into(self, buffer: torch.Tensor, offset: int) -> None:
+        """Fill uint8 ``buffer`` (contiguous, in CPU memory) with the bytes from ``offset`` on.
+
+        No page of the map is touched, and what goes wrong is an error where the map would end the process.
+        Error:  Ds4Error if the file cannot be read or has become shorter.
+        """
+        view, done = memoryview(buffer.numpy().data), 0
+        while done < len(view):
+            try:
+                n = os.preadv(self.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise Ds4Error(f"{self.path}: cannot be read: {error.strerror or error}") from None
+            if n == 0:
+                raise Ds4Error(f"{self.path}: has no byte {offset + done}; it was longer when it was opened")
+            done += n
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class StoredTensor:
     """A tensor exactly as its file lists it.
 

@@ -12,7 +12,8 @@ import torch
 from ds4.errors import Ds4Error
 from ds4.weights.formats import FORMATS, INTEGER_FORMATS
 
-_TILE = 1 << 18  # weights decoded at a time on a CPU: few enough for the intermediate results to stay in its cache
+_TILE = 1 << 19  # weights decoded at a time on a CPU: few enough for the intermediate results to stay in its cache
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,9 @@ class PackedTensor:
     data     uint8 [n_rows, row_bytes]; rows are all dimensions but the last, flattened (1 row for vectors and
              scalars).  Straight from ``open_checkpoint`` it is a view of the read-only memory map: never write to it.
              It may be strided along rows (a column slice of a wider tensor); within a row it is dense.
-    scale    multiplier of every decoded value, 1 unless the format is nvfp4 or nvfp4_modelopt
+    scale    multiplier of every decoded value, 1 unless the format is nvfp4, nvfp4_sleepy or nvfp4_modelopt.  A
+             float32, or the reciprocal of one in double precision; then the product is made in double precision and
+             gives the quotient rounded once, since a code times an e4m3 scale has too few digits for a near tie
     parts    what the format keeps in tensors of their own, by the names in ``Format.parts``; block scales are
              [ceil(n_rows / row_block), n], uint8 as stored (e8m0 or e4m3 bytes) or f32
     """
@@ -63,9 +66,9 @@ class PackedTensor:
             last = max(first, last)
             shape = (last - first, shape[1])
         if self.format in INTEGER_FORMATS:
-            return self._decode(first, last).reshape(shape)
+            return self._decode(slice(first, last)).reshape(shape)
         if self.data.device.type != "cpu" or (last - first) * self._n_cols <= _TILE:
-            return self._decode(first, last).reshape(shape).to(dtype)
+            return self._decode(slice(first, last)).reshape(shape).to(dtype)
         values = empty((last - first, self._n_cols), dtype)
         for part, tile in self.tiles(first, last):
             values[part.start - first : part.stop - first] = tile
@@ -76,14 +79,28 @@ class PackedTensor:
         last = self.data.shape[0] if last is None else last
         n = max(1, _TILE // self._n_cols)
         for row in range(first, last, n):
-            yield slice(row, min(row + n, last)), self._decode(row, min(row + n, last))
+            rows = slice(row, min(row + n, last))
+            yield rows, self._decode(rows)
 
     @property
     def _n_cols(self) -> int:
         return self.shape[-1] if self.shape else 1
 
-    def _decode(self, first: int, last: int) -> torch.Tensor:
-        """Rows first..last-1 as f32 (integer formats: as they are) [n, n_cols]."""
+    def take_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Decode rows by index, in the order given; no other row is read.  For tensors of two dimensions.
+
+        ids      i64 [n], n > 0, 0 <= id < shape[0], repetitions allowed; any device
+        returns  f32 [n, shape[1]] on the device of ``data`` (integer formats: their own integer type)
+        Error:   ValueError for other tensors, IndexError for an id out of range, Ds4Error as in ``dequantize``.
+        """
+        if len(self.shape) != 2:
+            raise ValueError(f"{self.name}: rows need a tensor of two dimensions, this one has shape {self.shape}")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
+            raise IndexError(f"{self.name}: row {ids.tolist()} is outside 0 to {self.shape[0] - 1}"[:200])
+        return self._decode(ids.to(self.data.device))
+
+    def _decode(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Rows by slice (start and stop given) or index, as f32 (integer formats: as they are) [n_selected, n_cols]."""
         fmt = FORMATS[self.format]
         parts = []
         for name in fmt.parts:
@@ -91,25 +108,33 @@ class PackedTensor:
             if part.shape[0] != -(-self.data.shape[0] // fmt.row_block):
                 raise ValueError(f"{self.name}: {part.shape[0]} rows of {name} for {self.data.shape[0]} of data")
             if fmt.row_block == 1:
-                part = part[first:last]
+                part = part[rows]
             else:
-                part = part[torch.arange(first, last, device=part.device) // fmt.row_block]
+                index = torch.arange(rows.start, rows.stop, device=part.device) if isinstance(rows, slice) else rows
+                part = part[index // fmt.row_block]
             parts.append(part)
         try:
-            values = fmt.dequantize(self.data[first:last], self._n_cols, *parts)
+            values = fmt.dequantize(self.data[rows], self._n_cols, *parts)
         except Ds4Error as error:
             raise Ds4Error(f"tensor {self.name} ({self.format}) {error}") from None
-        return values if self.scale == 1.0 else values.mul_(self.scale)
+        if self.scale == 1.0:
+            return values
+        if float(torch.tensor(self.scale, dtype=torch.float32)) == self.scale:
+            return values.mul_(self.scale)
+        return values.double().mul_(self.scale).float()  # torch would round the multiplier to float32 first
 
     def __repr__(self) -> str:
         return f"PackedTensor({self.name!r}, {self.format}, {list(self.shape)}, {self.nbytes} bytes)"
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """An uninitialised CPU tensor.  Its memory comes from numpy, which asks for huge pages where torch does not:
-    writing to fresh memory is then four times as fast."""
-    raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    """An uninitialised CPU tensor that starts at a multiple of 64 bytes, as torch's own do: what a matrix product gives
+    may depend on that.  Its memory comes from numpy, which asks for huge pages where torch does not: writing to fresh
+    memory is then four times as fast."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT - 1, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
 
 
 def row_count(shape: tuple[int, ...]) -> int:

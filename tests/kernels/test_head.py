@@ -9,6 +9,9 @@ from unit_data import assert_close, seeded
 
 from ds4.kernels.head import hc_head, head
 from ds4.kernels.numerics import Numerics
+from ds4.weights.dense_cache import dense
+from ds4.weights.formats import FORMATS
+from ds4.weights.tensor import PackedTensor
 
 EPS = 1e-6
 STREAMS = seeded(5, 4, 64)
@@ -53,3 +56,16 @@ def test_logits_are_fp32_in_the_official_numerics() -> None:
     normed = (x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS) * norm).bfloat16().float()
     assert_close(out, normed @ weight.T)
     assert not torch.equal(out, out.bfloat16().float())
+
+
+@pytest.mark.parametrize("rows", [None, (0, 1, 2, 3, 4)], ids=["prefill", "decode"])
+def test_logits_of_a_head_too_large_to_be_dense(rows: tuple[int, ...] | None) -> None:
+    x, norm = seeded(5, 128, seed=3), seeded(128, seed=4)
+    data = FORMATS["q8_0"].quantize(seeded(101, 128, seed=5)).repeat(400, 1)
+    weight = PackedTensor("head.weight", "q8_0", (40400, 128), data)
+    assert dense((weight,)) is None
+    out = head(x, norm, weight, norm_eps=EPS, numerics=Numerics(), rows=rows)
+    assert_close(out, head(x, norm, weight.dequantize(), norm_eps=EPS, numerics=Numerics(), rows=rows))
+    if rows:
+        alone = head(x, norm, weight, norm_eps=EPS, numerics=Numerics(), rows=(3,))
+        assert torch.equal(alone[3], out[3])

@@ -12,6 +12,10 @@ from unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
 from ds4.kernels.moe import EXPERT_ROWS, Expert, moe, swiglu
 from ds4.kernels.numerics import Numerics
 from ds4.kernels.route import route
+from ds4.weights import dense_cache
+from ds4.weights.dense_cache import dense
+from ds4.weights.formats import FORMATS
+from ds4.weights.tensor import PackedTensor
 
 OFFICIAL = Numerics(act_fp8=True)
 """What the golden has: activations rounded to FP8 in front of every linear, FP32 between the operations."""
@@ -168,3 +172,91 @@ def test_a_tokens_row_in_an_experts_block_does_not_matter(d: int, inter: int) ->
     for t in range(0, n, 3):
         alone = moe(*args, limit=10.0, numerics=Numerics(), live=slice(t, t + 1))
         assert torch.equal(alone[t], together[t]), f"token {t}"
+
+
+def packed_expert(d: int, inter: int, seed: int) -> Expert:
+    """Three Q8_0 matrices whose rows repeat after 61, which no tile is a multiple of."""
+
+    def matrix(name: str, m: int, k: int, seed: int) -> PackedTensor:
+        data = FORMATS["q8_0"].quantize(seeded(61, k, seed=seed) / k**0.5).repeat(-(-m // 61), 1)[:m]
+        return PackedTensor(name, "q8_0", (m, k), data)
+
+    return Expert(matrix("w1", inter, d, seed), matrix("w3", inter, d, seed + 1), matrix("w2", d, inter, seed + 2))
+
+
+class Large:
+    """Experts of which every product goes tile by tile, and tokens of which one expert gets more than a block of rows.
+
+    Tiles are as wide as those of V4-Flash (4096 inputs) or half of it; what counts as large is set lower, for speed.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, d: int = 2080, inter: int = 544) -> None:
+        monkeypatch.setattr(dense_cache, "TILED_BYTES", 1 << 20)
+        n_experts, top_k = 3, 2
+        self.x, weights = seeded(n, d), seeded(n, top_k, seed=1).abs()
+        ids = torch.stack((torch.zeros(n, dtype=torch.int64), 1 + torch.arange(n) % (n_experts - 1)), dim=1)
+        experts = [packed_expert(d, inter, 10 * e) for e in range(n_experts)]
+        shared = packed_expert(d, inter, 5)
+        for w in shared:
+            assert dense((w,)) is None
+            assert len(list(w.tiles())) > 1
+        self.args = (self.x, ids, weights, experts, shared)
+        dense_experts = [Expert(*(w.dequantize() for w in e)) for e in (*experts, shared)]
+        self.dense_args = (self.x, ids, weights, dense_experts[:-1], dense_experts[-1])
+
+
+LARGE = pytest.mark.parametrize(("d", "inter"), [(2080, 544), (4096, 288)])
+
+
+@LARGE
+def test_tiled_experts_in_prefill(d: int, inter: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Large(monkeypatch, 40, d, inter)
+    together = moe(*case.args, limit=10.0, numerics=Numerics())
+    assert_close(together, moe(*case.dense_args, limit=10.0, numerics=Numerics()))
+    for t in (0, 1, 17, 31, 32, 39):  # other tokens put it on another row of its expert's blocks
+        alone = moe(*case.args, limit=10.0, numerics=Numerics(), live=slice(t, t + 1))
+        assert torch.equal(alone[t], together[t]), f"token {t}"
+
+
+@LARGE
+def test_tiled_experts_in_decode(d: int, inter: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Large(monkeypatch, 8, d, inter)
+    together = moe(*case.args, limit=10.0, numerics=Numerics(), rows=tuple(range(8)))
+    assert_close(together, moe(*case.dense_args, limit=10.0, numerics=Numerics(), rows=tuple(range(8))))
+    for rows in ((0,), (6,), (1, 2), (7, 0, 1)):
+        out = moe(*case.args, limit=10.0, numerics=Numerics(), rows=rows)
+        assert torch.equal(out[list(rows)], together[list(rows)])
+
+
+@FORMS
+def test_a_tiled_expert_is_decoded_once_a_call(rows: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once a token: eight tokens that share two experts, and an expert with two blocks of rows."""
+    case = Large(monkeypatch, 8 if rows else 40)
+    decoded: list[str] = []
+
+    def counted(self: PackedTensor, first: int = 0, last: int | None = None):
+        decoded.append(f"{id(self)}")
+        return plain(self, first, last)
+
+    plain = PackedTensor.tiles
+    monkeypatch.setattr(PackedTensor, "tiles", counted)
+    moe(*case.args, limit=10.0, numerics=Numerics(), rows=rows)
+    assert len(decoded) == len(set(decoded)) == 3 * 4  # three matrices of three experts and the shared one
+
+
+def test_256_experts_in_a_small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached ones: what is held stays within the budget, and dropping changes no result."""
+    n, d, inter = 128, 64, 64
+    experts = [packed_expert(d, inter, 3 * (e % 16)) for e in range(256)]
+    ids = torch.stack([torch.randperm(256, generator=torch.Generator().manual_seed(t))[:6] for t in range(n)])
+    args = (seeded(n, d), ids, seeded(n, 6, seed=1).abs(), experts, packed_expert(d, inter, 999))
+    results = []
+    for budget in (1 << 30, 1 << 20):
+        cache = dense_cache.DenseCache(budget)
+        monkeypatch.setattr(dense_cache, "CACHE", cache)
+        for rows in (None, tuple(range(8)), None):
+            results.append(moe(*args, limit=10.0, numerics=Numerics(), rows=rows)[:8])
+            assert cache.used_bytes == sum(t.nbytes for t in cache._entries.values()) <= budget
+    assert cache.used_bytes > budget // 2
+    for a, b in zip(results[:3], results[3:], strict=True):
+        assert torch.equal(a, b)

@@ -11,7 +11,9 @@ from unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
 
 from ds4.kernels.numerics import Numerics
 from ds4.kernels.proj import matmul_rows, proj, proj_grouped, proj_in
-from ds4.weights.formats import block_scale
+from ds4.weights.dense_cache import dense
+from ds4.weights.formats import FORMATS, block_scale
+from ds4.weights.tensor import PackedTensor
 
 EXACT = Numerics()
 ACT_FP8 = Numerics(act_fp8=True)
@@ -110,3 +112,50 @@ def test_grouped_rounds_its_result_only() -> None:
     exact = proj_grouped(o, w, EXACT)
     assert torch.equal(proj_grouped(o, w, BF16), exact.bfloat16().float())
     assert torch.equal(proj_grouped(o, w, ACT_FP8), exact)  # no activation rounding in front of wo_a
+
+
+def large(m: int, k: int, seed: int = 0) -> PackedTensor:
+    """A Q8_0 matrix too large to be made dense; its rows repeat after 61, which no tile is a multiple of."""
+    data = FORMATS["q8_0"].quantize(seeded(61, k, seed=seed)).repeat(-(-m // 61), 1)[:m]
+    w = PackedTensor("w", "q8_0", (m, k), data)
+    assert dense((w,)) is None
+    return w
+
+
+TILED = pytest.mark.parametrize(("m", "k"), [(1030, 4096), (2051, 2080)])
+
+
+@TILED
+def test_a_tiled_weight_gives_the_product(m: int, k: int) -> None:
+    w, x = large(m, k), seeded(8, k, seed=1)
+    expected = x @ w.dequantize().T
+    assert_close(proj(x, w, EXACT), expected)
+    assert_close(proj(x, w, EXACT, (0, 1, 2, 3, 4, 5, 6, 7)), expected)
+    out = proj(x, w, EXACT, (2, 5))
+    assert_close(out[[2, 5]], expected[[2, 5]])
+    assert out[[0, 1, 3, 4, 6, 7]].abs().max() == 0
+    a, b = proj_in(x, [w], [], [large(m + 1, k, seed=2)], EXACT)
+    assert torch.equal(a, proj(x, w, EXACT))
+    assert b.shape == (8, m + 1)
+
+
+@TILED
+def test_decode_rows_do_not_see_each_other(m: int, k: int) -> None:
+    """On the tiled path: 1, 2, 3 or 8 tokens in a launch, the same bits for each."""
+    w, x = large(m, k), seeded(8, k, seed=1)
+    together = proj(x, w, EXACT, tuple(range(8)))
+    for rows in ((0,), (3,), (7,), (1, 2), (7, 0, 1)):
+        other = torch.where(torch.isin(torch.arange(8), torch.tensor(rows)).unsqueeze(1), x, 1e3 * x)
+        assert torch.equal(proj(other, w, EXACT, rows)[list(rows)], together[list(rows)])
+
+
+@pytest.mark.parametrize("rows", [None, (0, 3)], ids=["prefill", "decode"])
+def test_grouped_with_a_tiled_weight(rows: tuple[int, ...] | None) -> None:
+    """Tiles end where a group ends, here in the middle of what would be a tile of the whole matrix."""
+    n_groups, m, k = 3, 700, 2080
+    o, w = seeded(4, n_groups, k), large(n_groups * m, k, seed=1)
+    out = proj_grouped(o, w, EXACT, rows)
+    expected = torch.einsum("ngk,gmk->ngm", o, w.dequantize().unflatten(0, (n_groups, m))).flatten(1)
+    chosen = [0, 3] if rows else [0, 1, 2, 3]
+    assert_close(out[chosen], expected[chosen])
+    assert torch.equal(proj_grouped(o, w, BF16, rows), out.bfloat16().float())

@@ -36,3 +36,15 @@ def test_hash_table_is_checked(llm: LLM, row: list[int], fine: bool) -> None:
     else:
         with pytest.raises(Ds4Error, match=r"gate\.tid2eid: expert ids must be 0 to 15, all different"):
             MoE(llm.config, TensorParams(tensors), PREFIX, hash_routed=True)
+
+
+def test_hash_table_of_a_pruned_layer(llm: LLM) -> None:
+    """Ids count against the experts of that very layer, whatever the configuration says."""
+    names = [n for n in llm.checkpoint.names() if n.startswith(PREFIX)]
+    tensors = {n: llm.checkpoint.tensor(n).dequantize() for n in names}
+    tensors[f"{PREFIX}.gate.weight"] = tensors[f"{PREFIX}.gate.weight"][:8]
+    table = tensors[f"{PREFIX}.gate.tid2eid"]
+    with pytest.raises(Ds4Error, match=r"gate\.tid2eid: expert ids must be 0 to 7, all different"):
+        MoE(llm.config, TensorParams(tensors), PREFIX, hash_routed=True)
+    tensors[f"{PREFIX}.gate.tid2eid"] = torch.arange(table.shape[1], dtype=table.dtype).expand(table.shape).clone()
+    assert len(MoE(llm.config, TensorParams(tensors), PREFIX, hash_routed=True).experts) == 8

@@ -21,7 +21,8 @@ def test_inspect_matches_the_document(recipe, tmp_path):
     path = inspect_recipes.fabricated(recipe, tmp_path)
     run = inspect_recipes.inspected(path)
     assert inspect_recipes.mismatches(recipe, run.record["bytes_per_token"]) == []
-    assert run.peak_bytes < 300e6
+    # Half of it is torch's import. A safetensors release has a hundred times the tensors of a GGUF, each with a name.
+    assert run.peak_bytes < (300e6 if path.is_file() else 400e6)
     assert run.record["layers"] == {"total": 43, "swa": 2, "csa": 21, "hca": 20, "hash_routed": 3}
     print(f"{recipe}: {run.record['total_bytes'] / 1e9:.1f} GB, {run.seconds:.2f} s, {run.peak_bytes / 1e6:.0f} MB")
 

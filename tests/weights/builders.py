@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ds4.config import ModelConfig
+from ds4.weights.names import to_gguf
 
 SMALL = {
     "model_type": "deepseek_v4",
@@ -221,6 +222,34 @@ def gguf_bytes(
         out += _string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
     out += bytes(-len(out) % alignment)
     return out + bytes(i % 251 for i in range(data_size))
+
+
+def gguf_with(keys: dict[str, Any], tensors: dict[str, tuple[int, tuple[int, ...], bytes]]) -> bytes:
+    """A whole GGUF file: tensors are name -> (type id, row-major shape, packed bytes)."""
+    entries, data = [], b""
+    for name, (kind, shape, packed) in tensors.items():
+        entries.append((name, shape[::-1], kind, len(data)))
+        data += packed + bytes(-len(packed) % 32)
+    return gguf_bytes(keys, entries, 0) + data
+
+
+def gguf_model(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, tuple[int, ...], bytes]]:
+    """Tensors by canonical name as ``gguf_with`` takes them: F32, I32 for tables, experts of a layer in stacks."""
+    stacks: dict[str, list[torch.Tensor]] = {}
+    out = {}
+    for name, values in tensors.items():
+        place = to_gguf(name)
+        assert place is not None, name
+        if place[1] is None:
+            values = values.to(torch.float32 if values.is_floating_point() else torch.int32)
+            out[place[0]] = (0 if values.is_floating_point() else 26, tuple(values.shape), values.numpy().tobytes())
+        else:
+            stacks.setdefault(place[0], []).append(values)
+            assert len(stacks[place[0]]) == place[1] + 1, name
+    for name, experts in stacks.items():
+        stack = torch.stack(experts)
+        out[name] = (0, tuple(stack.shape), stack.numpy().tobytes())
+    return out
 
 
 def write(path: Path, data: bytes) -> Path:

@@ -57,7 +57,7 @@ def checkpoint(directory: Path, tensors: dict[str, Tensor], **config: object) ->
 def test_golden_native_equals_the_bf16_file(golden: Path) -> None:
     native, plain = open_checkpoint(golden / "tiny_native"), open_checkpoint(golden / "tiny")
     assert set(native.names()) == set(plain.names())
-    formats = {}
+    formats: dict[str, int] = {}
     for name in plain.names():
         tensor, expected = native.tensor(name), plain.tensor(name).dequantize()
         value = tensor.dequantize()
@@ -179,7 +179,11 @@ BAD = [
     ("weight_scale' has shape [32, 2]; its weight", NV | {BASE + "weight_scale": fp8(32, 2)}),
     ("needs a single number", NV | {BASE + "weight_scale_2": torch.ones(2)}),
     ("weight_scale' must be F8_E4M3, not F32", NV | {BASE + "weight_scale": torch.ones(32, 4)}),
-    ("scale' must be F8_E8M0 or F32, not BF16", {NAME: fp8(8, 8), BASE + "scale": torch.ones(1, 1).bfloat16()}),
+    ("scale' must be F8_E8M0 or F32 or BF16, not F16", {NAME: fp8(8, 8), BASE + "scale": torch.ones(1, 1).half()}),
+    (
+        "has both 'weight_scale' and 'weight_scale_inv'",
+        {NAME: fp8(8, 8), BASE + "weight_scale": torch.ones(1, 1), BASE + "weight_scale_inv": torch.ones(1, 1)},
+    ),
     ("scale' must be F8_E8M0, not F32", {NAME: W4, BASE + "scale": torch.ones(32, 2)}),
     ("must be a matrix, not [4]", {NAME: fp8(4), BASE + "scale": e8m0(1)}),
     (
@@ -188,7 +192,6 @@ BAD = [
     ),
     ("belongs to no weight", {BASE + "scale": e8m0(1, 1)}),
     ("belongs to no weight", {"norm.weight": torch.ones(4), "norm.scale": e8m0(1, 1)}),
-    ("belongs to no weight", {BASE + "weight_packed": W4}),
     ("is for scales and not for weights", {NAME: e8m0(2, 2)}),
 ]
 

@@ -105,7 +105,7 @@ def test_real_dimensions(tmp_path: Path, experts: str, gate_up: float, down: flo
     assert report["parameters"]["total"] == pytest.approx(284e9, rel=0.01)
     assert report["parameters"]["active"] == pytest.approx(13.3e9, rel=0.01)
     assert report["layers"] == {"total": 43, "swa": 2, "csa": 21, "hca": 20, "hash_routed": 3}
-    assert report["experts"] == {"routed": [256], "per_token": 6, "shared": 1}
+    assert report["experts"] == {"routed": [256], "per_token": 6, "shared": 1, "pruned": None}
     assert report["recipe"] == {"experts": [experts], "attention": ["q8_0"], "shared": ["q8_0"], "embeddings": ["bf16"]}
     assert report["draft"] is None
     assert report["generation"].startswith("V4-Flash")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds4.weights.formats import BY_GGML_TYPE, FORMATS, nvfp4, q8_0
+from ds4.errors import Ds4Error
+from ds4.weights.formats import BY_GGML_TYPE, FORMATS, block_scale, nvfp4, q8_0
 from ds4.weights.tensor import PackedTensor
 
 
@@ -52,9 +53,80 @@ def test_random_blocks_equal_gguf_package(name: str) -> None:
     assert same_bits(fmt.dequantize(blocks, 256), expected)
 
 
+def reference_e2m1(packed: torch.Tensor, first_low: list[int], first_high: list[int]) -> torch.Tensor:
+    """f32 [n, 2m] of u8 [n, m]: byte j has weight first_low[j] in the low nibble and first_high[j] in the high one."""
+    values = torch.zeros(packed.shape[0], 2 * packed.shape[1])
+    for j, (low, high) in enumerate(zip(first_low, first_high, strict=True)):
+        for row, byte in enumerate(packed[:, j].tolist()):
+            values[row, low] = block_scale.E2M1_VALUES[byte & 15]
+            values[row, high] = block_scale.E2M1_VALUES[byte >> 4]
+    return values
+
+
+def test_sleepy_nvfp4_by_its_definition() -> None:
+    """Codes first, pairs in natural order, then a scale for each 16; positive scales, negative ones and subnormals."""
+    blocks = torch.randint(0, 256, (12, 144), generator=torch.Generator().manual_seed(9), dtype=torch.uint8)
+    blocks[:, 128:] &= 0xF7  # no scale is a not-a-number
+    scales = blocks[:, 128:].contiguous().view(torch.float8_e4m3fn).float()
+    values = reference_e2m1(blocks[:, :128], list(range(0, 256, 2)), list(range(1, 256, 2)))
+    expected = values * scales.repeat_interleave(16, dim=1)
+    fmt = FORMATS["nvfp4_sleepy"]
+    assert same_bits(fmt.dequantize(blocks, 256), expected)
+    assert same_bits(fmt.dequantize(blocks.view(4, -1), 768), expected.view(4, 768))
+    tensor = PackedTensor("x", "nvfp4_sleepy", (4, 768), blocks.view(4, -1), scale=2.0**-8)
+    assert torch.equal(tensor.dequantize(rows=slice(1, 3)), expected.view(4, 768)[1:3] / 256)
+
+
+def test_nibble_orders_and_layouts_are_told_apart() -> None:
+    """The same bytes read in another order are other weights: what a mix-up would look like."""
+    g = torch.Generator().manual_seed(10)
+    codes = torch.randint(0, 256, (8, 64), generator=g, dtype=torch.uint8)
+    scale = torch.randint(120, 130, (8, 4), generator=g, dtype=torch.uint8)
+    official = FORMATS["mxfp4_official"].dequantize(codes, 128, scale)
+    blocks = torch.cat((scale.unsqueeze(-1), codes.view(8, 4, 16)), dim=-1).flatten(1)
+    as_ggml = FORMATS["mxfp4"].dequantize(blocks, 128)
+    assert not torch.equal(as_ggml, official)
+    assert torch.equal(as_ggml.view(8, 4, 32).sort(-1)[0], official.view(8, 4, 32).sort(-1)[0])  # permuted in a block
+    runs = reference_e2m1(codes.view(32, 16), list(range(16)), list(range(16, 32))).view(8, 128)
+    assert torch.equal(as_ggml, runs * torch.exp2(scale.float() - 127).repeat_interleave(32, dim=1))
+    # Both NVFP4 layouts of type id 40 have 36 bytes for 64 weights.
+    blocks = torch.randint(0, 127, (8, 144), generator=g, dtype=torch.uint8)
+    ggml, sleepy = FORMATS["nvfp4"].dequantize(blocks, 256), FORMATS["nvfp4_sleepy"].dequantize(blocks, 256)
+    assert ggml.shape == sleepy.shape
+    assert not torch.equal(ggml, sleepy)
+
+
+@pytest.mark.parametrize(("name", "byte"), [("nvfp4_sleepy", 0x7F), ("nvfp4_sleepy", 0xFF), ("mxfp4", 0xFF)])
+def test_scales_that_are_not_numbers(name: str, byte: int) -> None:
+    fmt = FORMATS[name]
+    blocks = torch.zeros(2, 2 * fmt.block_bytes, dtype=torch.uint8)
+    assert torch.equal(fmt.dequantize(blocks, 2 * fmt.block), torch.zeros(2, 2 * fmt.block))
+    blocks[1, 0 if name == "mxfp4" else 140] = byte
+    with pytest.raises(Ds4Error, match="block scale that is not a finite number"):
+        fmt.dequantize(blocks, 2 * fmt.block)
+
+
+@pytest.mark.parametrize(
+    ("name", "byte"), [("nvfp4_modelopt", 0x7F), ("nvfp4_modelopt", 0xFF), ("mxfp4_official", 0xFF)]
+)
+def test_scales_in_parts_that_are_not_numbers(name: str, byte: int) -> None:
+    fmt = FORMATS[name]
+    scale = torch.zeros(2, 3, dtype=torch.uint8)
+    data = torch.zeros(2, 3 * fmt.block_bytes, dtype=torch.uint8)
+    assert torch.equal(fmt.dequantize(data, 3 * fmt.block, scale), torch.zeros(2, 3 * fmt.block))
+    scale[1, 2] = byte
+    with pytest.raises(Ds4Error, match="block scale that is not a finite number"):
+        fmt.dequantize(data, 3 * fmt.block, scale)
+
+
 def test_registry_agrees_with_gguf_package() -> None:
     ggml = [fmt for fmt in FORMATS.values() if fmt.ggml_type is not None]
-    assert sorted(set(FORMATS) - {fmt.name for fmt in ggml}) == ["fp8_block", "mxfp4_official", "nvfp4_modelopt"]
+    assert sorted(set(FORMATS) - {fmt.name for fmt in ggml}) == [
+        "fp8_block",
+        "mxfp4_official",
+        "nvfp4_modelopt",
+        "nvfp4_sleepy",
+    ]
     for fmt in ggml:
         kind = gguf.GGMLQuantizationType(fmt.ggml_type)
         assert gguf.GGML_QUANT_SIZES[kind] == (fmt.block, fmt.block_bytes)
@@ -111,7 +183,7 @@ def test_nvfp4_multiplier_uses_normal_scales() -> None:
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(6)) * 1e-3
     m = nvfp4.multiplier(x)
     assert math.frexp(m)[0] == 0.5  # a power of two: dividing is exact
-    assert 224 < float(x.abs().max()) / 6 / m <= 448
+    assert 224 < float(x.abs().max()) / 4 / m <= 448
     decoded = nvfp4.dequantize(nvfp4.quantize(x / m), 256) * m
     assert float((decoded - x).norm() / x.norm()) < 0.11
     assert nvfp4.multiplier(torch.zeros(1, 64)) == 1.0
@@ -120,13 +192,14 @@ def test_nvfp4_multiplier_uses_normal_scales() -> None:
 def test_nearest_e2m1_against_brute_force() -> None:
     grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     x = torch.cat([torch.arange(-8, 8, 1 / 64), torch.tensor([-0.0, 1e-30, -1e-30, 1e30, -1e30])])
-    codes = nvfp4.nearest_e2m1(x)
+    codes, nearest = block_scale.e2m1_codes(x), block_scale.nearest_e2m1(x)
+    assert torch.equal(nearest, torch.tensor(block_scale.E2M1_VALUES)[codes.long()])
     for value, code in zip(x.tolist(), codes.tolist(), strict=True):
         distance = (grid - min(abs(value), 6)).abs()
         best = (distance == distance.min()).nonzero().flatten().tolist()
         expected = next((b for b in best if b % 2 == 0), best[0])
         assert code & 7 == expected, value
-        assert code >> 3 == (value < 0 and expected > 0), value
+        assert code >> 3 == (math.copysign(1, value) < 0), value
 
 
 @pytest.mark.parametrize("name", ["f32", "f16", "bf16", "i32", "i64"])

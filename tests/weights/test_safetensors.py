@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
@@ -102,6 +103,35 @@ def test_index_lists_a_tensor_its_shard_lacks(sharded: Path) -> None:
     )
     (sharded / INDEX).write_text(json.dumps(index))
     assert "tensor 'norm.weight' is missing, though the index lists it" in refused(sharded)
+
+
+def test_files_beside_the_shards(sharded: Path) -> None:
+    """What the index does not name is not opened, unless the user does; what ds4 ignores may be missing."""
+    save_file({"norm.weight": torch.full((64,), 7.0)}, sharded / "extra.safetensors")
+    write(sharded / "broken.safetensors", b"abc")
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["vision.patch.weight"] = "model-00001-of-00002.safetensors"
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert torch.equal(
+        open_checkpoint(sharded).tensor("norm.weight").dequantize(), random_tensors(small_config())["norm.weight"]
+    )
+    ckpt = open_checkpoint(sharded / "extra.safetensors")
+    assert ckpt.names() == ["norm.weight"]
+    assert ckpt.tensor("norm.weight").dequantize()[0] == 7
+
+
+def test_the_garbage_collector_is_left_as_it_was(sharded: Path) -> None:
+    open_checkpoint(sharded)
+    assert gc.isenabled()
+    (sharded / "model-00002-of-00002.safetensors").write_bytes(b"abc")
+    refused(sharded)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        refused(sharded)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Torch references of the head (spec model.md 2.2 hc_head, 2.0)."""
+"""Torch references of the head (spec model.md 2.2 hc_head, 2.0); that of sampling is in sample_ref.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ds4.kernels.common import rms_norm
 from ds4.kernels.mhc.ref import hc_collapse, hc_mix
 from ds4.kernels.numerics import Numerics
 from ds4.kernels.proj.ref import Rows, matmul_rows
-from ds4.weights.dense_cache import Weight, dense
+from ds4.weights.dense_cache import Weight
 
 
 def hc_head(
@@ -30,4 +30,18 @@ def hc_head(
 
 def head(x: Tensor, norm: Tensor, weight: Weight, *, norm_eps: float, numerics: Numerics, rows: Rows = None) -> Tensor:
     """Logits f32 ``[n, vocab]`` of collapsed hidden x f32 ``[n, d]``; the product is FP32 always."""
-    return matmul_rows(numerics.rd(rms_norm(x, norm, norm_eps)), dense(weight), rows)
+    return matmul_rows(numerics.rd(rms_norm(x, norm, norm_eps)), weight, rows)
+
+
+def greedy(logits: Tensor) -> dict[str, Tensor]:
+    """token i32 ``[n]``, the largest of logits f32 ``[n, vocab]``, the lowest on ties, the first NaN if any; top f32
+    ``[n]``, its logit; status i32 ``[n]``, 1 where that is not finite."""
+    token = logits.argmax(dim=1)
+    top = logits.gather(1, token[:, None])[:, 0]
+    return {"token": token.to(torch.int32), "top": top, "status": (~top.isfinite()).to(torch.int32)}
+
+
+def lm_head(x: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """logits f32 ``[n, vocab]`` of normed x f32 ``[n, d]`` and weight f32 ``[vocab, d]``, and :func:`greedy` of them."""
+    logits = matmul_rows(x, weight, None)
+    return {"logits": logits, **greedy(logits)}

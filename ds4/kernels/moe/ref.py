@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds4.kernels.numerics import Numerics
-from ds4.kernels.proj.ref import ACT_BLOCK, Rows
-from ds4.weights.dense_cache import Weight, dense, dense_concat
+from ds4.kernels.proj.ref import ACT_BLOCK, Rows, products
+from ds4.weights.dense_cache import Weight, Weights, dense, tiles
 from ds4.weights.formats import block_scale
 
 EXPERT_ROWS = 32
@@ -35,14 +35,19 @@ def _round_act(x: Tensor, numerics: Numerics) -> Tensor:
     return block_scale.round_e4m3(x, ACT_BLOCK) if numerics.act_fp8 else x
 
 
-def _ffn(x: Tensor, expert: Expert, weight: Tensor | None, limit: float, numerics: Numerics) -> Tensor:
-    """One expert on f32 ``[n, d]``; ``weight`` ``[n, 1]`` enters before w2, whose input is rounded."""
+def _ffn(
+    xs: Sequence[Tensor], expert: Expert, weights: Sequence[Tensor] | None, limit: float, numerics: Numerics
+) -> list[Tensor]:
+    """One expert on blocks of f32 ``[n, d]``; ``weights`` ``[n, 1]`` each enter before w2, whose input is rounded."""
     rd = numerics.rd
-    gate, up = F.linear(_round_act(x, numerics), dense_concat((expert.w1, expert.w3))).chunk(2, dim=1)
-    a = swiglu(rd(gate), rd(up), limit)
-    if weight is not None:
-        a = weight * a
-    return rd(F.linear(_round_act(rd(a), numerics), dense(expert.w2)))
+    acts = []
+    for i, gate_up in enumerate(products([_round_act(x, numerics) for x in xs], (expert.w1, expert.w3))):
+        gate, up = gate_up.chunk(2, dim=1)
+        a = swiglu(rd(gate), rd(up), limit)
+        if weights is not None:
+            a = weights[i] * a
+        acts.append(_round_act(rd(a), numerics))
+    return [rd(y) for y in products(acts, (expert.w2,))]
 
 
 def _moe_prefill(
@@ -56,17 +61,32 @@ def _moe_prefill(
     sorted_pairs = flat[order]
     flat_weights = weights.reshape(-1, 1)
     outs = []
-    for expert, pair in zip(experts, sorted_pairs.split(counts), strict=True):
-        for block in pair.split(EXPERT_ROWS):
-            k = block.shape[0]
-            if k == 0:
-                continue
-            xb = F.pad(x[block // top_k], (0, 0, 0, EXPERT_ROWS - k))
-            wb = F.pad(flat_weights[block], (0, 0, 0, EXPERT_ROWS - k))
-            outs.append(_ffn(xb, expert, wb, limit, numerics)[:k])
+    for expert, pairs in zip(experts, sorted_pairs.split(counts), strict=True):
+        if pairs.shape[0] == 0:
+            continue
+        blocks = pairs.split(EXPERT_ROWS)
+        xs = [F.pad(x[b // top_k], (0, 0, 0, EXPERT_ROWS - b.shape[0])) for b in blocks]
+        ws = [F.pad(flat_weights[b], (0, 0, 0, EXPERT_ROWS - b.shape[0])) for b in blocks]
+        ys = _ffn(xs, expert, ws, limit, numerics)
+        outs += [y[: b.shape[0]] for y, b in zip(ys, blocks, strict=True)]
     # One row a (token, slot) pair keeps the slots apart: each token sums them in the order of selection.
     slot_out = x.new_zeros(n * top_k, d).index_copy(0, sorted_pairs, torch.cat(outs))
     return slot_out.view(n, top_k, d).sum(1)
+
+
+def _slot_products(xs: Sequence[Tensor], weights: Sequence[Weights], outs: Sequence[Tensor]) -> None:
+    """``outs[i] = weights[i] @ xs[i]``, one matrix-vector product each; equal tiled weights are decoded once."""
+    tiled: dict[Weights, list[int]] = {}
+    for i, w in enumerate(weights):
+        stack = dense(w)
+        if stack is not None:
+            torch.mv(stack, xs[i], out=outs[i])
+        else:
+            tiled.setdefault(w, []).append(i)
+    for w, slots in tiled.items():
+        for part, tile in tiles(w):
+            for i in slots:
+                torch.mv(tile, xs[i], out=outs[i][part])
 
 
 def _moe_decode(
@@ -84,18 +104,16 @@ def _moe_decode(
     inter = shared.w2.shape[1]
     xq = _round_act(x, numerics)
     chosen = ids.tolist()
-    token_experts = [[*(experts[e] for e in chosen[r]), shared] for r in rows]
+    slot_experts = [e for r in rows for e in (*(experts[i] for i in chosen[r]), shared)]
     gate_up = x.new_zeros(n, n_slots, 2 * inter)
-    for r, slot_experts in zip(rows, token_experts, strict=True):
-        for expert, out in zip(slot_experts, gate_up[r].unbind(), strict=True):
-            torch.mv(dense_concat((expert.w1, expert.w3)), xq[r], out=out)
+    inputs = [xq[r] for r in rows for _ in range(n_slots)]
+    _slot_products(inputs, [(e.w1, e.w3) for e in slot_experts], [y for r in rows for y in gate_up[r].unbind()])
     gate, up = numerics.rd(gate_up).chunk(2, dim=-1)
     slot_weights = F.pad(weights, (0, 1), value=1.0)
     a = _round_act(numerics.rd(swiglu(gate, up, limit) * slot_weights.unsqueeze(-1)), numerics)
     slot_out = x.new_zeros(n, n_slots, d)
-    for r, slot_experts in zip(rows, token_experts, strict=True):
-        for expert, act, out in zip(slot_experts, a[r].unbind(), slot_out[r].unbind(), strict=True):
-            torch.mv(dense(expert.w2), act, out=out)
+    inputs = [act for r in rows for act in a[r].unbind()]
+    _slot_products(inputs, [(e.w2,) for e in slot_experts], [y for r in rows for y in slot_out[r].unbind()])
     return numerics.rd(numerics.rd(slot_out).sum(1))
 
 
@@ -119,4 +137,4 @@ def moe(
     if rows is not None:
         return _moe_decode(x, ids, weights, experts, shared, rows, limit, numerics)
     routed = _moe_prefill(x, ids, weights, experts, live, limit, numerics)
-    return numerics.rd(routed + _ffn(x, shared, None, limit, numerics))
+    return numerics.rd(routed + _ffn([x], shared, None, limit, numerics)[0])

@@ -1,5 +1,5 @@
 """Projections of activations by a packed weight."""
 
-from ds4.kernels.proj.ref import Rows, dense, matmul_rows, proj, proj_grouped, proj_in
+from ds4.kernels.proj.ref import Rows, matmul_rows, proj, proj_grouped, proj_in
 
-__all__ = ["Rows", "dense", "matmul_rows", "proj", "proj_grouped", "proj_in"]
+__all__ = ["Rows", "matmul_rows", "proj", "proj_grouped", "proj_in"]

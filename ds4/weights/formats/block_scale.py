@@ -18,6 +18,7 @@ from ds4.errors import Ds4Error
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 _E4M3_AMAX_FLOOR = 1e-4
+_F32_EXPONENT = 0x7F800000
 _F32_SIGN_AND_E4M3 = -0x80000000 | 0x07F00000
 _E2M1_AMAX_FLOOR = 6 * 2.0**-126
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -78,13 +79,24 @@ def quantize_e2m1(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return e2m1_codes(blocks / scale.unsqueeze(-1)).flatten(-2), exponent.to(torch.uint8)
 
 
+def nearest_e2m1(x: Tensor) -> Tensor:
+    """f32 ``[...]`` -> the nearest E2M1 value, f32, ties to the even code; magnitudes above 6 become 6, and what
+    becomes zero is +0."""
+    x = x.clamp(-E2M1_MAX, E2M1_MAX)
+    # Codes are half a power of two apart, and .5 below 1. Adding 1.5 * 2^23 steps leaves only whole steps in the sum.
+    power = (x.view(torch.int32) & _F32_EXPONENT).view(torch.float32).clamp_min_(1.0)
+    magic = power.mul_(0.5 * 1.5 * 2.0**23)
+    return x.add_(magic).sub_(magic)
+
+
 def e2m1_codes(x: Tensor) -> Tensor:
     """f32 ``[...]`` -> nearest E2M1 code (u8 0..15), ties to the even code; magnitudes above 6 become 6."""
     a = x.abs()
-    code = torch.zeros_like(a, dtype=torch.uint8)
-    for threshold, tie_goes_up in zip((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), (0, 1, 0, 1, 0, 1, 0), strict=True):
-        code += (a >= threshold) if tie_goes_up else (a > threshold)
-    return code | (torch.signbit(x).to(torch.uint8) << 3)
+    # The codes are 2 a below 2, a + 2 up to 4 and a / 2 + 4 above, and elsewhere each of the three is too large.
+    code = (a * 2).round_()
+    code = torch.minimum(code, a.round().add_(2))
+    code = torch.minimum(code, a.mul_(0.5).round_().add_(4)).clamp_max_(7).to(torch.uint8)
+    return code.bitwise_or_(torch.signbit(x).to(torch.uint8) << 3)
 
 
 def dequantize_e2m1(codes: Tensor, exponent: Tensor, block: int) -> Tensor:
@@ -106,6 +118,24 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Inverse of :func:`pack_nibbles`."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def runs_to_pairs(packed: Tensor) -> Tensor:
+    """ggml's nibble order to the official one.
+
+    packed   u8 ``[..., n]``, n even, any strides: byte j holds weight j in the low nibble and j + n in the high one
+    returns  u8 ``[..., n]``, new: byte j holds weight 2j in the low nibble and 2j + 1 in the high one
+    """
+    # Two bytes at a time: their low nibbles make one byte of the result, their high ones another.
+    words = packed.clone(memory_format=torch.contiguous_format).view(torch.int16)
+    low, high = (words & 15) | (words >> 4 & 240), (words >> 4 & 15) | (words >> 8 & 240)
+    return torch.cat((low, high), dim=-1).to(torch.uint8)
+
+
+def pairs_to_runs(packed: Tensor) -> Tensor:
+    """Inverse of :func:`runs_to_pairs`."""
+    low, high = packed.tensor_split(2, dim=-1)
+    return torch.stack(((low & 15) | (high << 4), (low >> 4) | (high & 240)), dim=-1).flatten(-2)
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ BLOCK_BYTES = 66
 
 
 @functools.cache
-def _patterns(device: torch.device) -> torch.Tensor:
+def patterns(device: torch.device) -> torch.Tensor:
     """i64 [256]: the eight int8 magnitudes of each pattern, as one number."""
     from gguf.quants import IQ2_XXS
 
@@ -46,12 +46,16 @@ def dequantize(data: torch.Tensor, n_cols: int) -> torch.Tensor:
     blocks = data.reshape(-1, BLOCK_BYTES)
     d = finite(elements(blocks[:, :2], torch.float16).to(torch.float32))
     groups = elements(blocks[:, 2:], torch.int32).view(-1, 8, 2)
-    x = groups[..., 1].contiguous()
-    scale = d * ((x >> 28 & 15) + 0.5) * 0.25
+    numbers = groups[..., 0].contiguous().view(torch.uint8)
+    return weights(numbers, groups[..., 1].contiguous(), d).view(data.shape[0], n_cols)
+
+
+def weights(numbers: torch.Tensor, x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """f32 [n, 256] of blocks: pattern numbers u8 [n, 32], x i32 [n, 8], d f16 or f32 [n, 1], each dense."""
+    scale = d.to(torch.float32) * ((x >> 28 & 15) + 0.5) * 0.25
     signs = torch.stack((x, x >> 7, x >> 14, x >> 21), dim=-1).bitwise_and_(127)
-    patterns = groups[..., 0].contiguous().view(torch.uint8).view(-1, 8, 4)
-    flip = look_up(_signs(data.device), signs)
+    flip = look_up(_signs(x.device), signs).view(-1, 32)
     # Two's complement in every byte: magnitudes are not 0, so that adding 1 never carries into the next.
-    codes = (look_up(_patterns(data.device), patterns) ^ flip) + (flip & 0x0101010101010101)
+    codes = (look_up(patterns(x.device), numbers) ^ flip) + (flip & 0x0101010101010101)
     values = codes.view(torch.int8).view(-1, 32).to(torch.float32)
-    return values.mul_(scale.view(-1, 1)).view(data.shape[0], n_cols)
+    return values.mul_(scale.view(-1, 1)).view(-1, BLOCK)

@@ -25,8 +25,13 @@ def dequantize(data: torch.Tensor, n_cols: int) -> torch.Tensor:
     """
     blocks = data.reshape(-1, BLOCK_BYTES)
     d = finite(elements(blocks[:, 80:], torch.float16).to(torch.float32))
-    scales = blocks[:, :16]
-    packed = blocks[:, 16:80].reshape(-1, 2, 32)
-    codes = torch.cat((packed, packed >> 2, packed >> 4, packed >> 6), dim=2).bitwise_and_(3).view(-1, 16, 16)
-    values = codes.to(torch.float32).mul_((d[:, :1] * (scales & 15)).unsqueeze(-1))
-    return values.sub_((d[:, 1:] * (scales >> 4)).unsqueeze(-1)).view(data.shape[0], n_cols)
+    return weights(blocks[:, 16:80].contiguous(), blocks[:, :16], d).view(data.shape[0], n_cols)
+
+
+def weights(codes: torch.Tensor, scales: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """f32 [n, 256] of blocks: code bytes u8 [n, 64], dense; scale bytes u8 [n, 16]; d and dmin f16 or f32 [n, 2]."""
+    packed = codes.view(-1, 2, 32)
+    unpacked = torch.cat((packed, packed >> 2, packed >> 4, packed >> 6), dim=2).bitwise_and_(3).view(-1, 16, 16)
+    d = d.to(torch.float32)
+    values = unpacked.to(torch.float32).mul_((d[:, :1] * (scales & 15)).unsqueeze(-1))
+    return values.sub_((d[:, 1:] * (scales >> 4)).unsqueeze(-1)).view(-1, BLOCK)

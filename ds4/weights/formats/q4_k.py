@@ -27,10 +27,21 @@ def dequantize(data: torch.Tensor, n_cols: int) -> torch.Tensor:
     """
     blocks = data.reshape(-1, BLOCK_BYTES)
     d = finite(elements(blocks[:, :4], torch.float16).to(torch.float32))
-    low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    return weights(blocks[:, 16:].contiguous(), *sub_block_scales(blocks[:, 4:16]), d).view(data.shape[0], n_cols)
+
+
+def sub_block_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and minima, 0..63, u8 [n, 8] each, of the bytes that hold them, u8 [n, 12]."""
+    low, middle, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scale = torch.cat((low & 63, (high & 15) | (low >> 6 << 4)), dim=1)
     minimum = torch.cat((middle & 63, (high >> 4) | (middle >> 6 << 4)), dim=1)
-    packed = blocks[:, 16:].reshape(-1, 4, 32)
-    codes = torch.stack((packed & 15, packed >> 4), dim=2).view(-1, 8, 32)
-    values = codes.to(torch.float32).mul_((d[:, :1] * scale).unsqueeze(-1))
-    return values.sub_((d[:, 1:] * minimum).unsqueeze(-1)).view(data.shape[0], n_cols)
+    return scale, minimum
+
+
+def weights(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """f32 [n, 256] of blocks: codes u8 [n, 128], dense; scales and minima u8 [n, 8]; d and dmin f16 or f32 [n, 2]."""
+    packed = codes.view(-1, 4, 32)
+    unpacked = torch.stack((packed & 15, packed >> 4), dim=2).view(-1, 8, 32)
+    d = d.to(torch.float32)
+    values = unpacked.to(torch.float32).mul_((d[:, :1] * scale).unsqueeze(-1))
+    return values.sub_((d[:, 1:] * minimum).unsqueeze(-1)).view(-1, BLOCK)

@@ -26,10 +26,16 @@ def dequantize(data: torch.Tensor, n_cols: int) -> torch.Tensor:
     """
     blocks = data.reshape(-1, BLOCK_BYTES)
     d = finite(elements(blocks[:, 208:], torch.float16).to(torch.float32))
-    scale = d * elements(blocks[:, 192:208], torch.int8)
-    low = blocks[:, :128].reshape(-1, 2, 64)
-    low = torch.cat((low & 15, low >> 4), dim=2)
-    top = blocks[:, 128:192].reshape(-1, 2, 32)
+    scale = elements(blocks[:, 192:208], torch.int8)
+    return weights(blocks[:, :128], blocks[:, 128:192], scale, d).view(data.shape[0], n_cols)
+
+
+def weights(low: torch.Tensor, high: torch.Tensor, scale: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """f32 [n, 256] of blocks: low bits u8 [n, 128], high bits u8 [n, 64]; scales i8 [n, 16]; d f16 or f32 [n, 1]."""
+    halves = low.reshape(-1, 2, 64)
+    low = torch.cat((halves & 15, halves >> 4), dim=2)
+    top = high.reshape(-1, 2, 32)
     high = torch.cat((top << 4, top << 2, top, top >> 2), dim=2) & 48
     codes = (low | high).view(torch.int8) - 32
-    return codes.view(-1, 16, 16).to(torch.float32).mul_(scale.unsqueeze(-1)).view(data.shape[0], n_cols)
+    factor = d.to(torch.float32) * scale
+    return codes.view(-1, 16, 16).to(torch.float32).mul_(factor.unsqueeze(-1)).view(-1, BLOCK)

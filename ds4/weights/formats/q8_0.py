@@ -9,6 +9,7 @@ import torch
 
 from ds4.weights.formats.block_scale import finite
 from ds4.weights.formats.plain import elements
+from ds4.weights.formats.tiling import by_row_tiles
 
 BLOCK = 32
 BLOCK_BYTES = 34
@@ -31,9 +32,16 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
 
     x        f32 [n_rows, n_cols], n_cols a multiple of 32, finite
     returns  uint8 [n_rows, n_cols / 32 * 34]
-    Error:   |x - decoded| <= amax / 254 plus the rounding of d to f16.
+    Error:   |x - decoded| <= amax / 254 plus the rounding of d to f16; none for decoded blocks whose largest code is
+             127 or -127, as it is in whatever a quantiser of this rule wrote, and whose d is a normal f16.  (A block
+             with a smaller largest code could be held too, but gets a scale of its own: the price of being bit for bit
+             the quantiser of others.)
     """
-    blocks = x.to(torch.float32).reshape(x.shape[0], -1, BLOCK)
+    return by_row_tiles(_encode, x, BLOCK)[0]
+
+
+def _encode(x: torch.Tensor) -> tuple[torch.Tensor]:
+    blocks = x.reshape(x.shape[0], -1, BLOCK)
     scale = blocks.abs().amax(dim=-1, keepdim=True) / 127.0
     inverse = 1.0 / scale  # infinite for a scale of 0, or so small that it becomes 0 as f16
     inverse = torch.where(inverse.isinf(), torch.zeros_like(scale), inverse)
@@ -42,4 +50,4 @@ def quantize(x: torch.Tensor) -> torch.Tensor:
     whole = magnitude.floor()
     codes = scaled.sign() * (whole + (2 * (magnitude - whole)).floor())
     packed = torch.cat((scale.to(torch.float16).view(torch.uint8), codes.to(torch.int8).view(torch.uint8)), dim=-1)
-    return packed.reshape(x.shape[0], -1)
+    return (packed.reshape(x.shape[0], -1),)
