@@ -52,9 +52,10 @@ class Quantity(click.ParamType):
             return value
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", value.strip())
         scale = self.units.get(match[2].lower()) if match else None
-        if match is None or scale is None or float(match[1]) * scale < 1:
+        number = float(match[1]) * scale if match and scale else 0.0
+        if number < 1 or number != int(number):
             self.fail(f"{value!r} is not a {self.name}, such as {self.example}", param, ctx)
-        return round(float(match[1]) * scale)
+        return int(number)
 
     @property
     def example(self) -> str:

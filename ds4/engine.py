@@ -161,6 +161,15 @@ class Session:
             del self.ids[-n:]
 
 
+def resolve_device(device: str) -> str:
+    """Where a model runs, "cpu" or "cuda", from what was asked for. Raises Ds4Error where it cannot run there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise Ds4Error(f"device: {device!r} is not one of auto, cpu, cuda")
+    if device == "cuda":
+        raise Ds4Error("device: this version has no CUDA kernels yet; use --device cpu")
+    return "cpu"
+
+
 class LLM:
     """A loaded model. ``path=None`` is the bundled demonstration model.
 
@@ -177,13 +186,9 @@ class LLM:
         numerics: str | Numerics | None = None,
         draft: int = 0,
     ) -> None:
-        if device not in ("auto", "cpu", "cuda"):
-            raise Ds4Error(f"device: {device!r} is not one of auto, cpu, cuda")
-        if device == "cuda":
-            raise Ds4Error("device: this version has no CUDA kernels yet; use --device cpu")
+        self.device = resolve_device(device)
         if draft:
             raise Ds4Error(f"draft: this version has no speculative decoding yet; use 0 instead of {draft}")
-        self.device = "cpu"
         self.path = hub.local_path(path) if path is not None else bundled_model_path()
         self.numerics = resolve(numerics)
         self.checkpoint = open_checkpoint(self.path)

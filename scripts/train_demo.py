@@ -201,7 +201,7 @@ class CountingMoE:
         m = self.inner
         if m.bias is not None:
             with torch.no_grad():
-                ids, _ = route(x, m.gate, bias=m.bias, hash_ids=None, top_k=m.top_k, route_scale=m.route_scale)
+                ids, _ = route(x, m.gate, bias=m.bias, top_k=m.top_k, route_scale=m.route_scale)
             self.counts += torch.bincount(ids.flatten(), minlength=len(self.counts))
         return m(x, ctx)
 

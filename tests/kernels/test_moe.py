@@ -11,7 +11,7 @@ from unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
 
 from ds4.kernels.moe import EXPERT_ROWS, Expert, moe, swiglu
 from ds4.kernels.numerics import Numerics
-from ds4.kernels.route import route
+from ds4.kernels.route.ref import route
 from ds4.weights import dense_cache
 from ds4.weights.dense_cache import dense
 from ds4.weights.formats import FORMATS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from unit_data import assert_close, load_unit, seeded
 
-from ds4.kernels.route import route, route_weights
+from ds4.kernels.route.ref import route, route_weights
 
 
 @pytest.mark.parametrize("rows", [None, tuple(range(16))], ids=["prefill", "decode"])

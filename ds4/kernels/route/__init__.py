@@ -1,5 +1,5 @@
 """Router: which experts a token goes to, and with what weight."""
 
-from ds4.kernels.route.ref import route, route_weights
+from ds4.kernels.route.op import route
 
-__all__ = ["route", "route_weights"]
+__all__ = ["route"]
