@@ -219,7 +219,8 @@ class LLM:
     def generation(self) -> Generation:
         """Which effort levels the chat format has: "preview" or "0731" (spec chat.md 2.4)."""
         template = self.checkpoint.metadata.get("tokenizer.chat_template")
-        name = str(self.checkpoint.metadata.get("general.name", self.path.name))
+        metadata = self.checkpoint.metadata
+        name = str(metadata.get("general.name", f"{metadata.get('_name_or_path', '')} {self.path.name}"))
         return chat_generation(name=name, chat_template=template, dspark=self.config.dspark_block_size is not None)
 
     def session(self, ctx: int | None = None) -> Session:

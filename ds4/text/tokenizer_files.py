@@ -58,7 +58,7 @@ def files_from_gguf(metadata: Mapping[str, Any], source: str) -> dict[str, bytes
         files["tokenizer.json"] = bpe_from_gguf(metadata, source).to_json().encode()
     else:
         files["tokenizer.model"] = proto_from_gguf(metadata, source)
-    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,

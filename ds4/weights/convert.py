@@ -24,13 +24,12 @@ from ds4.weights.formats.cast import MXFP4, NVFP4
 from ds4.weights.formats.ggml_other import UNDECODABLE
 from ds4.weights.gguf_keys import carried_keys, model_keys
 from ds4.weights.gguf_write import Plan, is_known, plan_gguf, without_draft_multiplier
-from ds4.weights.opening import open_checkpoint
 from ds4.weights.recipes import Container, Recipe, target_format
 from ds4.weights.replacement import Replacement, check_space
 from ds4.weights.safetensors_write import config_json, plan_safetensors, text_files
 from ds4.weights.storage import StoredTensor
 from ds4.weights.tensor import PackedTensor
-from ds4.weights.writing import Item, Layout, Progress, write_items
+from ds4.weights.writing import Item, Layout, Progress, open_written, write_items
 
 SHARD_BYTES = 5_000_000_000
 _FORGET_BYTES = 1 << 26  # bytes written between two reminders that the pages of the source may go
@@ -248,10 +247,7 @@ def _forgetter(stored: Iterable[StoredTensor]) -> Callable[[int], None]:
 
 def _check_written(written: Path, ckpt: Checkpoint, items: Mapping[str, Item], out: Path) -> None:
     """Raise Ds4Error unless what was written opens as planned."""
-    found = open_checkpoint(written)
-    if found.config != ckpt.config:
-        different = [key for key in vars(ckpt.config) if getattr(found.config, key) != getattr(ckpt.config, key)]
-        raise Ds4Error(f"{out}: would not hold the same {', '.join(different)}; nothing was written")
+    found = open_written(written, ckpt.config, out)
     for item in items.values():
         if found.stored_as(item.name)[:2] != (item.format, item.shape):
             raise Ds4Error(f"{out}: would not hold {item.name} as {item.format}; nothing was written")

@@ -15,8 +15,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ds4.config import ModelConfig
+from ds4.errors import Ds4Error
+from ds4.weights.checkpoint import Checkpoint
 from ds4.weights.encode import Outcome, encode
 from ds4.weights.formats import FORMATS
+from ds4.weights.opening import open_checkpoint
 from ds4.weights.tensor import PackedTensor, row_count
 
 Progress = Callable[[int, int], None]
@@ -124,6 +128,15 @@ def write_items(
             written[item.name] = writer.write_item(item)
         writer.finish()
     return written
+
+
+def open_written(written: Path, config: ModelConfig, path: Path) -> Checkpoint:
+    """Open what has just been written; Ds4Error, speaking of ``path``, unless it has the same configuration."""
+    found = open_checkpoint(written)
+    if found.config != config:
+        different = [field for field in vars(config) if getattr(found.config, field) != getattr(config, field)]
+        raise Ds4Error(f"{path}: would not hold the same {', '.join(different)}; nothing was written")
+    return found
 
 
 class _Writer:

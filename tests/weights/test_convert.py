@@ -114,16 +114,20 @@ def test_bundled_model_there_and_back(tmp_path: Path) -> None:
 
 
 def test_keep_to_the_same_container_copies_every_byte(golden: Path, tmp_path: Path) -> None:
-    run(golden / "tiny_native", tmp_path / "out")
-    before, after = (load_file(d / "model.safetensors") for d in (golden / "tiny_native", tmp_path / "out"))
-    assert set(before) == set(after)
-    assert all(np.array_equal(raw(before[name].flatten()), raw(after[name].flatten())) for name in before)
-    run(DEMO, tmp_path / "out.gguf")
-    before_, after_ = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (DEMO, tmp_path / "out.gguf"))
-    assert set(before_) == set(after_)
-    assert all(np.array_equal(before_[name].data, after_[name].data) for name in before_)
-    old, new = (open_checkpoint(p).metadata for p in (DEMO, tmp_path / "out.gguf"))
-    assert old == new
+    run(golden / "tiny_native", tmp_path / "nv", "nvfp4")
+    for source in (golden / "tiny_native", tmp_path / "nv"):
+        run(source, tmp_path / "out", force=True)
+        before, after = (load_file(d / "model.safetensors") for d in (source, tmp_path / "out"))
+        assert set(before) == set(after)
+        assert all(np.array_equal(raw(before[name].flatten()), raw(after[name].flatten())) for name in before)
+    run(tmp_path / "nv", tmp_path / "nv.gguf")
+    for source in (DEMO, tmp_path / "nv.gguf"):  # with and without multipliers
+        run(source, tmp_path / "out.gguf", force=True)
+        old, new = ({t.name: t for t in gguf.GGUFReader(p).tensors} for p in (source, tmp_path / "out.gguf"))
+        assert set(old) == set(new)
+        assert all(np.array_equal(old[name].data, new[name].data) for name in old)
+        assert open_checkpoint(source).metadata == open_checkpoint(tmp_path / "out.gguf").metadata
+    assert "blk.1.ffn_up_exps.scale" in new
 
 
 # What is rounded is said.

@@ -38,8 +38,13 @@ def test_shards(tmp_path: Path) -> None:
                 tensor = opened.get_tensor(name)
                 assert index["weight_map"].pop(name) == file
                 total += tensor.numel() * tensor.element_size()
-        size = (tmp_path / "out" / file).stat().st_size
-        assert size < 220_000
+        raw = (tmp_path / "out" / file).read_bytes()
+        assert len(raw) < 220_000
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        for entry in header.values():  # readers map the file and look at it as numbers of that size
+            assert (8 + length + entry["data_offsets"][0]) % {"F32": 4, "I64": 8}.get(entry["dtype"], 1) == 0
     assert not index["weight_map"]
     assert index["metadata"]["total_size"] == total
     run(source, tmp_path / "one.safetensors", "mxfp4", "fp8")
