@@ -44,7 +44,7 @@ def test_help_and_version():
     for arguments in (["--help"], ["-h"], []):
         result = run(*arguments)
         assert result.exit_code == 0
-        assert all(name in result.stdout for name in ("generate", "chat", "inspect", "Example"))
+        assert all(name in result.stdout for name in ("generate", "chat", "inspect", "convert", "pull", "doctor", "Example"))
     result = run("--version")
     assert result.exit_code == 0
     assert result.stdout == f"ds4 {ds4.__version__}\n"
@@ -52,7 +52,7 @@ def test_help_and_version():
     assert project["version"] == ds4.__version__
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "inspect"])
+@pytest.mark.parametrize("command", ["generate", "chat", "inspect", "convert", "pull"])
 def test_every_command_has_an_example_and_helps_with_every_option(command):
     result = run(command, "--help")
     assert result.exit_code == 0
