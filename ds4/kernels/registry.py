@@ -17,7 +17,7 @@ from torch import Tensor
 from ds4.kernels.cases import Case, Inputs, Outputs
 from ds4.kernels.entry import Backend, Constants, Entry, KernelCall
 
-FAMILIES: tuple[str, ...] = ("route",)  # folders of ds4/kernels with an op.py
+FAMILIES: tuple[str, ...] = ("head", "mhc", "route")  # folders of ds4/kernels with an op.py
 
 
 @dataclass(frozen=True)

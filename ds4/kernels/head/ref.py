@@ -42,6 +42,6 @@ def greedy(logits: Tensor) -> dict[str, Tensor]:
 
 
 def lm_head(x: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """logits f32 ``[n, vocab]`` of normed x f32 ``[n, d]`` and weight f32 ``[vocab, d]``, and :func:`greedy` of them."""
+    """logits f32 ``[n, vocab]`` of normed x f32 ``[n, d]`` and weight f32 ``[vocab, d]``, and their :func:`greedy`."""
     logits = matmul_rows(x, weight, None)
     return {"logits": logits, **greedy(logits)}

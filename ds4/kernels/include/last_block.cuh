@@ -10,7 +10,7 @@ __device__ __forceinline__ bool last_block(unsigned* counter, unsigned n) {
   __syncthreads();
   if (threadIdx.x == 0) {
     is_last = atomicAdd(counter, 1u) == n - 1;
-    if (is_last) *counter = 0u;
+    if (is_last) atomicExch(counter, 0u);
   }
   __syncthreads();
   __threadfence();
