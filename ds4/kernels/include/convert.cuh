@@ -6,7 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-// ---------------------------------------------------------------- power-of-two scales: an e8m0 byte e stands for 2^(e - 127)
+// ---------------------------------------------------------------- power-of-two scales: an e8m0 byte e is 2^(e - 127)
 
 __device__ __forceinline__ float e8m0_to_f32(unsigned e) {
   return __uint_as_float(e ? e << 23 : 0x00400000u);  // 2^-127 is a denormal of FP32
@@ -44,8 +44,8 @@ __device__ __forceinline__ unsigned f32_to_e4m3(float x) {
 #endif
 }
 
-// Value of a code; 0x7f and 0xff, which ds4 never stores, give +-480. The seven bits are put where FP32 has its exponent
-// and mantissa, and one multiplication mends the bias and normalises exactly.
+// Value of a code; 0x7f and 0xff, which ds4 never stores, give +-480. The seven bits are put where FP32 has its
+// exponent and mantissa, and one multiplication mends the bias and normalises exactly.
 __device__ __forceinline__ float e4m3_to_f32(unsigned code) {
   return __fmul_rn(__uint_as_float((code & 0x80u) << 24 | (code & 0x7fu) << 20), 1.3292279957849159e36f);  // 2^120
 }
@@ -71,7 +71,7 @@ __device__ __forceinline__ void e2m1x8_to_f32(unsigned codes, float (&out)[8]) {
   for (int i = 0; i < 8; ++i) out[i] = e2m1_to_f32(codes >> 4 * i & 15u);
 }
 
-// ---------------------------------------------------------------- bf16 and f16, by their bits; the first of two is the low one
+// ---------------------------------------------------------------- bf16 and f16 by their bits; the first of two is the low
 
 __device__ __forceinline__ float bf16_to_f32(unsigned bits) { return __uint_as_float(bits << 16); }
 __device__ __forceinline__ unsigned f32_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }

@@ -1,5 +1,5 @@
-// PTX instructions as functions: the only file that holds inline assembly. ptx_host.cuh has a function of the same name and
-// signature for each of them, with which the tests run kernels on the CPU; it also shows what an instruction does.
+// PTX instructions as functions: the only file that holds inline assembly. ptx_host.cuh has a function of the same name
+// and signature for each of them, with which the tests run kernels on the CPU; it also shows what an instruction does.
 //
 // Tensor-core fragments (PTX ISA, "Matrix fragments for mma"): with g = lane / 4 and t = lane % 4, a lane holds
 //   d      rows g, g + 8, columns 2t, 2t + 1:            d[0], d[1] in row g, d[2], d[3] in row g + 8
@@ -7,8 +7,8 @@
 //   b      column g
 //   k      16-bit values, k = 16: 2t, 2t + 1 in a[0], a[1], b[0] and 8 more than that in a[2], a[3], b[1]
 //          8-bit values, k = 32:  4t .. 4t + 3 in a[0], a[1], b[0] and 16 more than that in a[2], a[3], b[1]
-// The value with the lowest k is in the lowest bits. The order of summation inside an mma is the hardware's own, and so is
-// the rounding of e4m3 products; it does not depend on what other rows and columns hold.
+// The value with the lowest k is in the lowest bits. The order of summation inside an mma is the hardware's own, and so
+// is the rounding of e4m3 products; it does not depend on what other rows and columns hold.
 #pragma once
 
 #if defined(__CUDA_ARCH__)
@@ -39,9 +39,9 @@ __device__ __forceinline__ void mma_m16n8k32_e4m3(float (&d)[4], const unsigned 
 }
 #endif
 
-// Load 8x8 matrices of 16-bit values from shared memory. `row` is a row of 16 bytes: lane 8 i + j gives row j of matrix i,
-// further lanes are not asked. A lane receives row lane / 4, columns 2 (lane % 4) and the next one, of matrix i in r[i];
-// transposed, the same of the transposed matrix.
+// Load 8x8 matrices of 16-bit values from shared memory. `row` is a row of 16 bytes: lane 8 i + j gives row j of matrix
+// i, further lanes are not asked. A lane receives row lane / 4, columns 2 (lane % 4) and the next one, of matrix i in
+// r[i]; transposed, the same of the transposed matrix.
 __device__ __forceinline__ void ldmatrix_x2(unsigned (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
@@ -69,8 +69,8 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(unsigned (&r)[4], const v
 
 // ---------------------------------------------------------------- asynchronous copies, global to shared memory
 
-// Copy kBytes (4, 8 or 16), both addresses multiples of it. 16 bytes bypass L1. The bytes are there for this thread after
-// cp_async_wait, for others after a barrier that follows it.
+// Copy kBytes (4, 8 or 16), both addresses multiples of it. 16 bytes bypass L1. The bytes are there for this thread
+// after cp_async_wait, for others after a barrier that follows it.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -114,8 +114,8 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int n_threads) {
 
 // ---------------------------------------------------------------- programmatic dependent launch, nothing below sm_90
 
-// Wait until the launch before this one has ended and what it wrote can be seen. Call it before the first access to what
-// that launch writes or reads; with KernelCall.pdl unset it returns at once.
+// Wait until the launch before this one has ended and what it wrote can be seen. Call it before the first access to
+// what that launch writes or reads; with KernelCall.pdl unset it returns at once.
 __device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,4 +1,4 @@
-// The functions of ptx.cuh in C++, for the CPU emulation of the tests (tests/cuemu), whose header comes before this one.
+// The functions of ptx.cuh in C++, for the CPU emulation of the tests (tests/cuemu), whose header comes before this.
 // Sums inside an mma are taken in FP64 and rounded once, which no hardware does: compare with a tolerance.
 #pragma once
 

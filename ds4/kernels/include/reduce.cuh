@@ -1,5 +1,5 @@
-// Sums, maxima and argmax over a warp or a block, each in one fixed order: the same inputs in the same lanes give the same
-// bits in every launch, in all lanes. The order depends on kWidth and the block's size, on nothing else.
+// Sums, maxima and argmax over a warp or a block, each in one fixed order: the same inputs in the same lanes give the
+// same bits in every launch, in all lanes. The order depends on kWidth and the block's size, on nothing else.
 //
 // A warp reduces by a butterfly: at each step a lane combines its value with that of lane ^ offset, offset = kWidth / 2
 // .. 1. Both partners compute the same bits, as a + b = b + a. A block reduces its warps, and then each of its warps
@@ -77,8 +77,8 @@ __device__ __forceinline__ ArgMax warp_argmax(float value, int index) {
   return reduce::warp<reduce::Best, kWidth>(ArgMax{value, index});
 }
 
-// Over the block, whose size is a multiple of 32; every thread calls it and gets the result. Two __syncthreads each, which
-// also order the shared memory that the caller used before.
+// Over the block, whose size is a multiple of 32; every thread calls it and gets the result. Two __syncthreads each,
+// which also order the shared memory that the caller used before.
 __device__ __forceinline__ float block_sum(float v) { return reduce::block<reduce::Sum>(v); }
 __device__ __forceinline__ float block_max(float v) { return reduce::block<reduce::Max>(v); }
 __device__ __forceinline__ ArgMax block_argmax(float value, int index) {

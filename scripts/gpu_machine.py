@@ -1,0 +1,137 @@
+"""Stages of scripts/gpu_check.py about the machine and the model: facts, ds4 doctor, verify.sh, CPU against CUDA."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds4.doctor import Check, diagnose
+from ds4.errors import CudaError, Ds4Error
+from ds4.kernels.arch import device_facts
+from ds4.kernels.compiler import nvrtc_version
+
+Step = tuple[str, Callable[[], tuple[str, Any]]]
+PARITY_TOKENS = 512
+PROMPT = "Tell me a short story about a robot learning to paint."
+_CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,power.draw,temperature.gpu,persistence_mode"
+
+
+def run_text(*command: str) -> str:
+    """What a command prints, stripped; empty where it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def clocks() -> dict[str, str]:
+    """What nvidia-smi says about the first GPU's clocks, power and temperature; empty without it."""
+    if not shutil.which("nvidia-smi"):
+        return {}
+    values = run_text("nvidia-smi", "-i", "0", f"--query-gpu={_CLOCKS}", "--format=csv,noheader").split(", ")
+    names = _CLOCKS.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+
+
+def describe() -> tuple[str, Any]:
+    """GPU (or why there is none), driver, versions, clocks."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "commit": run_text("git", "rev-parse", "HEAD") or None,
+        "changed": bool(run_text("git", "status", "--porcelain")),
+    }
+    try:
+        facts["nvrtc"] = nvrtc_version()
+    except Ds4Error as error:
+        facts["nvrtc"] = str(error)
+    try:
+        device = device_facts(0)
+        if not torch.cuda.is_available():
+            raise Ds4Error(f"{device.name} is there, but this torch ({torch.__version__}) cannot use it")
+    except (Ds4Error, CudaError) as error:
+        return f"no GPU: {error}", facts | {"gpu": None, "why": str(error)}
+    facts["driver"] = run_text("nvidia-smi", "-i", "0", "--query-gpu=driver_version", "--format=csv,noheader") or None
+    return device.name, facts | {"gpu": asdict(device) | {"architecture": device.architecture}, "clocks": clocks()}
+
+
+def doctor(gpu: bool, skip: type[Exception]) -> Iterator[Step]:
+    """The checks of ds4 doctor. Without a GPU what is missing is no failure; nor is that the engine takes no CUDA yet,
+    which the model's stage names."""
+
+    def judge(check: Check) -> tuple[str, Any]:
+        if check.status == "missing" and (not gpu or check.name == "kernels"):
+            raise skip(check.text)
+        if check.status == "missing":
+            raise AssertionError(check.text)
+        return check.text, check.facts
+
+    for check in diagnose(40).checks:
+        yield check.name, partial(judge, check)
+
+
+def model(root: Path, skip: type[Exception]) -> Iterator[Step]:
+    """verify.sh on CUDA, and greedy decoding on CPU and CUDA; skipped as long as the engine refuses CUDA."""
+    try:
+        from ds4.engine import resolve_device
+
+        resolve_device("cuda")
+    except ImportError as error:
+        raise skip(f"the engine cannot be imported here: {error}") from None
+    except Ds4Error as error:
+        raise skip(f"the model does not run on CUDA yet: {error}") from None
+    yield "verify.sh --device cuda", partial(verify, root)
+    yield f"greedy parity, {PARITY_TOKENS} tokens", parity
+
+
+def verify(root: Path) -> tuple[str, Any]:
+    """The correctness gate on CUDA. Raises AssertionError where a check fails."""
+    command = [str(root / "verify.sh"), "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    print(done.stdout, done.stderr, flush=True)
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    if done.returncode:
+        raise AssertionError(last)
+    return last, {"command": " ".join(command)}
+
+
+def parity() -> tuple[str, Any]:
+    """Greedy decoding of the bundled model: CUDA, given the CPU's tokens, must prefer the same next one each time.
+
+    Raises AssertionError with the first step at which it does not.
+    """
+    from ds4 import LLM
+
+    models = [LLM(device=name) for name in ("cpu", "cuda")]
+    sessions = [model.session() for model in models]
+    tokenizer = models[0].tokenizer
+    if tokenizer is None:
+        raise AssertionError("the bundled model has no tokenizer")
+    ids = tokenizer.encode(PROMPT)
+    rows = [session.prefill(ids).cpu() for session in sessions]
+    worst, differing = 0.0, []
+    for step in range(PARITY_TOKENS):
+        choice = [int(row.argmax()) for row in rows]
+        worst = max(worst, float((rows[0] - rows[1]).abs().max()))
+        if choice[0] != choice[1]:
+            gap = float(rows[0][choice[0]] - rows[0][choice[1]])
+            differing.append(
+                f"step {step}: {choice[1]} instead of {choice[0]}, whose logit is {gap:.3g} higher on the CPU"
+            )
+        rows = [session.decode([choice[0]])[0].cpu() for session in sessions]
+    text = f"logits differ by {worst:.3g} at most"
+    if differing:
+        raise AssertionError(f"{len(differing)} of {PARITY_TOKENS} tokens differ, {differing[0]}; {text}")
+    return f"{PARITY_TOKENS} tokens agree, {text}", {"largest_difference": worst}

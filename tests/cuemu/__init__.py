@@ -1,0 +1,1 @@
+"""Runs the CUDA kernels of ds4 on the CPU, for tests: see README.md beside this file."""
