@@ -44,7 +44,9 @@ def test_help_and_version():
     for arguments in (["--help"], ["-h"], []):
         result = run(*arguments)
         assert result.exit_code == 0
-        assert all(name in result.stdout for name in ("generate", "chat", "inspect", "convert", "pull", "doctor", "Example"))
+        assert all(
+            name in result.stdout for name in ("generate", "chat", "inspect", "convert", "pull", "doctor", "Example")
+        )
     result = run("--version")
     assert result.exit_code == 0
     assert result.stdout == f"ds4 {ds4.__version__}\n"
