@@ -1,11 +1,13 @@
 """Compiles kernel files into shared libraries for the CPU, and keeps them.
 
-A library is kept under a hash of everything that went into it, in ``.pytest_cache`` of the clone; writing is atomic, so
-any number of processes may build at the same time. What has not been used for a week goes.
+A library is kept under a hash of everything that went into it, in ``.pytest_cache`` of the clone. Any number of
+processes may ask for it at the same time: one compiles, and renames the finished file. What has not been used for a
+week goes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -104,13 +106,37 @@ def kernel_library(path: Path, constants: Constants, mode: Mode) -> Path:
 
     Raises SourceError or CompileError, with the position in the .cu file.
     """
+    known = _known.get((path, constants, mode))
+    if known and all(_stamp(source) == stamp for source, stamp in known[1].items()) and known[0].exists():
+        return known[0]
+    library, sources = _build_kernels(path, constants, mode)
+    _known[path, constants, mode] = library, sources
+    return library
+
+
+# Libraries that this process has asked for, with the state of the sources they were made of.
+_known: dict[tuple[Path, Constants, Mode], tuple[Path, dict[Path, tuple[int, int] | None]]] = {}
+
+
+def _stamp(source: Path) -> tuple[int, int] | None:
+    """What changes when a file is written; None for a file that is gone."""
+    try:
+        stat = source.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
+
+
+def _build_kernels(path: Path, constants: Constants, mode: Mode) -> tuple[Path, dict[Path, tuple[int, int] | None]]:
+    """The library, and the sources with their stamps."""
     rewritten = rewrite(path)
+    stamps = {source: _stamp(source) for source in rewritten.sources}
     main = next(iter(rewritten.files))
     defines = [f"-D{definition}" for definition in macro_definitions(constants)]
     optimise = "-O2" if mode == "plain" else "-O1"
     flags = (*_COMMON, *_KERNEL_FLAGS, *_include_flags(), *_SANITIZE[mode], optimise, "-shared", *defines)
     arguments = (*flags, "-x", "c++", f"{{{main}}}", "-x", "none", str(scheduler()), *_LINK)
-    return _build(_Job(arguments, ".so", _own_sources(), rewritten.files))
+    return _build(_Job(arguments, ".so", _own_sources(), rewritten.files)), stamps
 
 
 def runner(mode: Mode) -> Path:
@@ -148,6 +174,14 @@ def _build(job: _Job) -> Path:
         result.touch()
         return result
     _forget_old()
+    with result.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds the result
+        if not result.exists():
+            _compile(job, compiler, result)
+    return result
+
+
+def _compile(job: _Job, compiler: str, result: Path) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="build-") as folder:
         for name, text in job.files.items():
             file = Path(folder, name)
@@ -157,7 +191,6 @@ def _build(job: _Job) -> Path:
         output = Path(folder, "output")
         _run([compiler, *arguments, "-o", str(output)])
         output.replace(result)
-    return result
 
 
 def _run(command: Sequence[str]) -> None:

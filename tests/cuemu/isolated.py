@@ -100,6 +100,7 @@ def _execute(folder: Path, plan: Sequence[str], mode: Mode, time_limit_s: float)
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=time_limit_s)
     except subprocess.TimeoutExpired:
         raise KernelError(f"no end after {time_limit_s:g} s: an endless loop, or a wait that cannot end") from None
+    print(done.stdout, end="")  # what kernels printed
     if done.returncode == 0:
         return
     if done.returncode == _LAUNCH_FAILED:

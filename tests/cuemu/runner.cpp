@@ -26,6 +26,7 @@ const char* report;
 
 [[noreturn]] void stop(int status, const std::string& message) {
   std::ofstream(report) << message;
+  fflush(stdout);
   _Exit(status);
 }
 

@@ -29,9 +29,10 @@ _DECLARATORS = re.compile(r"(.+?[\s*>])(\w+\s*(?:\[[^\]]*\]\s*)*(?:,\s*\w+\s*(?:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """C++ files by relative path, the main one first, and the kernels that the main one defines."""
+    """C++ files by relative path, the main one first; what they were made of, and the kernels of the main one."""
 
     files: dict[str, str]
+    sources: tuple[Path, ...]
     kernels: tuple[str, ...]
 
 
@@ -62,7 +63,7 @@ def rewrite(path: Path) -> Rewritten:
     if not kernels:
         raise SourceError(f'{path}: no kernel found; declare it as: extern "C" __global__ void name(')
     files[names[path]] += "".join(f"CUEMU_EXPORT({kernel})\n" for kernel in kernels)
-    return Rewritten(files, kernels)
+    return Rewritten(files, tuple(names), kernels)
 
 
 def _read(path: Path) -> str:

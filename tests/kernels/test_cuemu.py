@@ -176,7 +176,7 @@ def test_rmsnorm_of_other_widths(shape):
 
 @pytest.mark.parametrize("order", ["forward", "warps"])
 @pytest.mark.parametrize("mode", ["asan", "tsan"])
-def test_examples_are_clean_under(mode, order):
+def test_examples_are_clean_under(mode, order, capsys):
     """Every example in one run of the sanitizer, about two seconds: no finding, and the results are right."""
     if missing(mode):
         pytest.skip(str(missing(mode)))
@@ -184,4 +184,5 @@ def test_examples_are_clean_under(mode, order):
     CpuBackend(mode, order).run([call for example in examples for call in example.calls])
     for example in examples:
         assert_right(example)
-    print(f"{len(examples)} kernels clean under {mode}, order {order}")
+    with capsys.disabled():
+        print(f" {len(examples)} example kernels clean under {mode}, order {order} ")

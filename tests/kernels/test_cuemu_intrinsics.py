@@ -80,7 +80,7 @@ def test_float_intrinsics_round_once():
     out, ints = torch.zeros(10, n), torch.zeros(5, n, dtype=torch.int32)
     CpuBackend().run([kernel_call(INTRINSICS, "floats", (4, 1, 1), (256, 1, 1), x, y, out, ints, n)])
     a, b = x.double(), y.double()
-    exact = (a + b, a - b, a * b, a / b, a * b + a, (x * y + x).double())
+    exact = (a + b, a - b, b * b, a / b, a * b + a, (x * y + x).double())
     for row, want in zip(out, (*exact, None, x.clamp(0, 1).nan_to_num(0), 1 / b, b.sqrt()), strict=True):
         if want is not None:  # rounded twice, to FP64 and FP32; with these values that makes no difference
             assert torch.equal(row.nan_to_num(77), want.float().nan_to_num(77))

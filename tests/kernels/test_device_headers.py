@@ -60,7 +60,7 @@ def bits16(x: Tensor) -> Tensor:
 
 
 @needs_emulation
-def test_encoding_equals_torch():
+def test_encoding_equals_torch(capsys):
     x = probes()
     e4m3, e2m1, bf16, f16 = encoded(x)
     # torch makes NaN of what lies beyond 448 and its neighbourhood; the kernels saturate, as block_scale does first
@@ -75,7 +75,8 @@ def test_encoding_equals_torch():
     run("encode_by_toolkit", x.numel(), x, by_toolkit)
     assert torch.equal(by_toolkit[0], e4m3)
     assert torch.equal(by_toolkit[1], e2m1)
-    print(f"{x.numel()} values encoded in four formats as torch does")
+    with capsys.disabled():
+        print(f" {x.numel()} values encoded in four formats as torch does ")
 
 
 @needs_emulation
@@ -270,7 +271,7 @@ LIMITED = {"fp8_mma.cu": ARCHITECTURES[2:], "cluster.cu": ARCHITECTURES[3:]}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_headers_compile(architecture):
+def test_headers_compile(architecture, capsys):
     """With NVRTC, without a warning or a spilled register; about a second each."""
     compiled = 0
     for file in ("headers.cu", "examples.cu", "intrinsics.cu", "faults.cu", *LIMITED):
@@ -279,4 +280,5 @@ def test_headers_compile(architecture):
             assert not cubin.warnings
             assert not any(r.spill_store_bytes for r in cubin.resources.values())
             compiled += len(cubin.resources)
-    print(f"{compiled} kernels compiled for {architecture}")
+    with capsys.disabled():
+        print(f" {compiled} fixture kernels compiled for {architecture} ")

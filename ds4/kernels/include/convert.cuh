@@ -71,7 +71,7 @@ __device__ __forceinline__ void e2m1x8_to_f32(unsigned codes, float (&out)[8]) {
   for (int i = 0; i < 8; ++i) out[i] = e2m1_to_f32(codes >> 4 * i & 15u);
 }
 
-// ---------------------------------------------------------------- bf16 and f16 by their bits; the first of two is the low
+// ---------------------------------------------------------------- bf16 and f16 by their bits, the first of two low
 
 __device__ __forceinline__ float bf16_to_f32(unsigned bits) { return __uint_as_float(bits << 16); }
 __device__ __forceinline__ unsigned f32_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
