@@ -165,7 +165,7 @@ def resolve_device(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise Ds4Error(f"device: {device!r} is not one of auto, cpu, cuda")
     if device == "cuda":
-        raise Ds4Error("device: this version has no CUDA kernels yet; use --device cpu")
+        raise Ds4Error("device: the model does not run on CUDA yet; use --device cpu")
     return "cpu"
 
 
