@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from test_cli_errors import fails
 from weights.builders import gguf_bytes, random_tensors, small_config, small_json, small_keys
+from weights.draft_files import side_file, trunk
 
 from ds4.cli import main
 
@@ -95,6 +96,27 @@ def test_inspect_says_whether_it_fits(checkpoint, columns):
     assert result.exit_code == 1
     record = json.loads(result.stdout)["fit"]
     assert (record["fits"], record["ctx"], record["memory_bytes"]) == (False, 1 << 20, 1 << 30)
+
+
+@pytest.mark.parametrize(("dialect", "kind", "stages"), [("antirez", "mtp", 1), ("dflash", "dspark", 3)])
+def test_inspect_with_a_draft_head_from_its_own_file(tmp_path, dialect, kind, stages):
+    """What nothing in the files tells is a warning, in the table and for programs."""
+    model = trunk(tmp_path / "model").path
+    draft = side_file(tmp_path / "draft.gguf", dialect)
+    assert json.loads(run("inspect", model, "--json").stdout)["draft"] is None
+    record = json.loads(run("inspect", model, "--draft", draft, "--json").stdout)
+    assert (record["draft"]["kind"], record["draft"]["stages"], record["draft"]["path"]) == (kind, stages, str(draft))
+    assert len(record["warnings"]) == 1
+    text = " ".join(run("inspect", model, "--draft", draft, columns=60).stdout.split())
+    assert f"draft head {kind}, stages: {stages}" in text
+    assert "warning" in text
+
+
+def test_inspect_refuses_a_draft_head_of_another_release(tmp_path):
+    model = trunk(tmp_path / "model", _name_or_path="deepseek-ai/DeepSeek-V4-Flash-0731").path
+    draft = side_file(tmp_path / "draft.gguf", "antirez")
+    fails(run("inspect", model, "--draft", draft), "draft.gguf", "0731", "preview")
+    fails(run("inspect", model, "--draft", tmp_path / "no.gguf"), "no.gguf", "no such file")
 
 
 @pytest.mark.parametrize(
