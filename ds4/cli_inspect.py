@@ -188,7 +188,7 @@ def fit_table(d: dict[str, Any]) -> Table:
     table.add_row("allowance for buffers", binary_size(fit["allowance_bytes"]))
     table.add_row("total", binary_size(fit["total_bytes"]), style="bold")
     table.add_row("memory", binary_size(fit["memory_bytes"]))
-    longest = f"longest context {fit['max_ctx']:,} tokens" if fit["max_ctx"] else "not even its weights do"
+    longest = f"longest context {fit['max_ctx']:,} tokens" if fit["max_ctx"] else "no context does"
     table.add_row(f"{'fits' if fit['fits'] else 'does NOT fit'}; {longest}")
     return table
 

@@ -19,7 +19,7 @@ ALLOWANCE_BYTES = 2 << 30
 class Fit:
     """Bytes that a model needs at a context of ``ctx`` tokens, and what a memory of ``memory_bytes`` has room for.
 
-    max_ctx   longest context that fits, at most the model's own; 0 when not even the weights do
+    max_ctx   longest context that fits, at most the model's own; 0 when weights and allowance alone are too much
     """
 
     ctx: int
