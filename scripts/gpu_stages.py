@@ -36,7 +36,7 @@ from ds4.kernels.cases import Case
 from ds4.kernels.cuda_backend import CudaBackend
 from ds4.kernels.probe import run_probe
 from ds4.kernels.registry import Operation, all_operations
-from ds4.kernels.verify import check_tokens
+from ds4.kernels.verify import check_launches, check_tokens
 
 GPU_LOST = 4
 GPU = torch.device("cuda", 0)
@@ -93,7 +93,7 @@ def kernel_items(options: Options) -> Iterator[Item]:
         for case in cases_of(operation, GROUPS[:1] if options.quick else GROUPS):
             made = gpu_checks.remembered(case)
             name = f"{operation.name}/{case.name}"
-            yield Item(f"references: {name}", partial(_on_gpu, gpu_checks.check_launches, operation, made, True))
+            yield Item(f"references: {name}", partial(_on_gpu, check_launches, operation, made, True))
             if operation.token_inputs:
                 yield Item(f"n_tok: {name}", partial(_on_gpu, check_tokens, operation, made, True))
             yield Item(f"graphs: {name}", partial(_on_gpu, gpu_checks.check_graph, operation, made, False))
@@ -118,9 +118,7 @@ def smoke_items(options: Options) -> Iterator[Item]:
         return
     for operation in all_operations():
         for case in cases_of(operation, ("smoke",)):
-            yield Item(
-                f"{operation.name}/{case.name}", partial(_on_gpu, gpu_checks.check_launches, operation, case, True)
-            )
+            yield Item(f"{operation.name}/{case.name}", partial(_on_gpu, check_launches, operation, case, True))
 
 
 def emulation_items(options: Options) -> Iterator[Item]:
@@ -134,7 +132,7 @@ def emulation_items(options: Options) -> Iterator[Item]:
     for operation in all_operations()[: 1 if options.quick else None]:
         for case in cases_of(operation, ("smoke",))[: 1 if options.quick else 2]:
             for order in ("forward", "warps"):
-                check = partial(gpu_checks.check_launches, operation, case, CpuBackend(order=order), CPU)
+                check = partial(check_launches, operation, case, CpuBackend(order=order), CPU)
                 yield Item(f"emulation: {operation.name}/{case.name} {order}", partial(findings, check))
 
 

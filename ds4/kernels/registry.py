@@ -89,12 +89,17 @@ def device_of(inputs: Inputs) -> torch.device:
     return next(iter(devices.values()))
 
 
+def results_of(operation: Operation, inputs: Inputs, outputs: Outputs) -> Outputs:
+    """The results among ``outputs`` and the inputs that the operation updates; not copied."""
+    results = {name: value for name, value in outputs.items() if name not in operation.workspaces}
+    return results | {name: inputs[name] for name in operation.mutates}
+
+
 def run_kernels(operation: Operation, inputs: Inputs, backend: Backend) -> Outputs:
     """The results of the operation's kernels on ``backend``; inputs that it mutates are updated and among them."""
     outputs = operation.outputs(inputs)
     backend.run(operation.calls(inputs, outputs))
-    results = {name: value for name, value in outputs.items() if name not in operation.workspaces}
-    return results | {name: inputs[name] for name in operation.mutates}
+    return results_of(operation, inputs, outputs)
 
 
 def run(operation: Operation, inputs: Inputs) -> Outputs:

@@ -13,7 +13,7 @@ import torch
 from ds4.kernels import registry
 from ds4.kernels.cases import Case
 from ds4.kernels.registry import Operation
-from ds4.kernels.verify import check_case
+from ds4.kernels.verify import check_launches
 
 from .backend import CpuBackend, missing
 from .builder import MODES, Mode
@@ -27,7 +27,7 @@ def sanitized(operation: Operation, case: Case, mode: Mode, order: str = "warps"
     """What is wrong with ``operation`` on ``case`` in this mode and thread order, one line a finding; empty where all
     is well: findings of the sanitizer or the scheduler, else differences from the reference."""
     try:
-        return check_case(operation, case, CpuBackend(mode, order, seed), CPU, seed)
+        return check_launches(operation, case, CpuBackend(mode, order, seed), CPU, seed)
     except CuemuError as error:
         return [f"{operation.name}/{case.name} under {mode}, order {order}, seed {seed}: {error}"]
 

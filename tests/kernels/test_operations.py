@@ -16,11 +16,11 @@ from cuemu.backend import CpuBackend, missing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from gpu_checks import SMALL, cases_of, check_complete, check_launches, has_tokens
+from gpu_checks import SMALL, cases_of, check_complete, has_tokens
 
 from ds4.kernels.cases import Case, Exact
 from ds4.kernels.registry import Operation, all_operations
-from ds4.kernels.verify import TOKEN_COUNTS, check_tokens
+from ds4.kernels.verify import TOKEN_COUNTS, check_launches, check_tokens
 
 CPU = torch.device("cpu")
 OPERATIONS = all_operations()

@@ -26,12 +26,13 @@ from cuemu.errors import CompileError, KernelError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from gpu_checks import cases_of, check_launches, launched
+from gpu_checks import cases_of, launched
 
 from ds4.kernels.cases import Case
 from ds4.kernels.entry import INCLUDE_DIR, KERNEL_ROOT, Entry, KernelCall
 from ds4.kernels.registry import Operation, all_operations
 from ds4.kernels.signature import project_includes, without_comments
+from ds4.kernels.verify import check_launches
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -13,12 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from gpu_checks import GROUPS, cases_of, check_graph, check_launches, has_tokens, remembered
+from gpu_checks import GROUPS, cases_of, check_graph, has_tokens, remembered
 
 from ds4.errors import CudaError, Ds4Error
 from ds4.kernels.cuda_backend import CudaBackend
 from ds4.kernels.registry import all_operations
-from ds4.kernels.verify import check_tokens
+from ds4.kernels.verify import check_launches, check_tokens
 
 OPERATIONS = all_operations()
 

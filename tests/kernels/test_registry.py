@@ -21,7 +21,7 @@ from ds4.kernels.entry import KERNEL_ROOT, macro_definitions
 from ds4.kernels.probe import PROBE
 from ds4.kernels.registry import FAMILIES, all_operations, device_of, run
 from ds4.kernels.signature import check_entry, kernel_signatures, read_source
-from ds4.kernels.verify import check_case, check_repeatable, check_tokens, n_tokens, take_tokens
+from ds4.kernels.verify import check_launches, check_tokens, n_tokens, take_tokens
 
 CPU = torch.device("cpu")
 OPERATIONS = all_operations()
@@ -148,18 +148,18 @@ def test_a_tolerance_needs_a_reason():
 
 
 def test_a_right_kernel_passes_all_checks(toy, case):
-    for check in (check_case, check_tokens, check_repeatable):
+    for check in (check_launches, check_tokens):
         assert check(toy, case, PythonBackend(), CPU) == []
 
 
 def test_a_wrong_result_is_found(toy, case):
-    (line,) = check_case(toy, case, PythonBackend("wrong"), CPU)
+    (line,) = check_launches(toy, case, PythonBackend("wrong"), CPU)
     assert line.startswith("toy/small seed 0: y: 1 of 32 differ, worst at [0, 0]")
 
 
 def test_results_that_the_case_does_not_name_are_found(toy, case):
     forgetful = replace(case, compare={"y": Exact()})
-    (line,) = check_case(toy, forgetful, PythonBackend(), CPU)
+    (line,) = check_launches(toy, forgetful, PythonBackend(), CPU)
     assert "kernels give ['total', 'y'], the reference ['total', 'y'], compared ['y']" in line
 
 
@@ -177,8 +177,8 @@ def test_a_result_that_depends_on_the_neighbour_is_found_where_tokens_are_alone(
 
 
 def test_a_second_run_that_differs_is_found(toy, case):
-    (line,) = check_repeatable(toy, case, PythonBackend("not repeatable"), CPU)
-    assert line.startswith("toy/small: second run: y: 1 of 32 differ")
+    *_, line = check_launches(toy, case, PythonBackend("not repeatable"), CPU)
+    assert line.startswith("toy/small seed 0: second launch: y: 1 of 32 differ")
 
 
 def test_tokens_are_taken_along_their_dimension(toy):
