@@ -1,6 +1,6 @@
 """Full-size checkpoints without the weights: real headers of V4-Flash over sparse files, to try a loader with.
 
-    python scripts/fabricate.py q2 /tmp/q2.gguf && ds4 inspect /tmp/q2.gguf
+    python scripts/fabricate.py q2 q2.gguf && ds4 inspect q2.gguf
 
 A file has the size, names, types and dimensions of the public one (spec weights.md 1, 2, 3.2 and 5); its weights are
 holes, which read as zeros and take no room on disk. Tests and ``scripts/inspect_recipes.py`` use the same functions.

@@ -157,10 +157,3 @@ def _bad_table(ckpt: Checkpoint, name: str) -> str | None:
     ordered = ids.sort(dim=1).values
     twice = int((ordered[:, 1:] == ordered[:, :-1]).any(dim=1).sum())
     return f"{twice} of {ids.shape[0]} tokens name an expert twice" if twice else None
-
-
-def ensure(report: Report, source: str) -> None:
-    """Raise Ds4Error, naming the first defect, unless the report has none."""
-    if report.defects:
-        more = f" (and {len(report.defects) - 1} more)" if len(report.defects) > 1 else ""
-        raise Ds4Error(f"{source}: tensor {report.defects[0]}{more}; download the checkpoint again")

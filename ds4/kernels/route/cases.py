@@ -50,8 +50,13 @@ def random_inputs(
         inputs["tokens"] = torch.randint(0, 32, (n_tok,), generator=rng, dtype=torch.int32)
     elif n_experts > 64:
         _separate(inputs, scores)
+    return _on(device, inputs, top_k, 1.5)
+
+
+def _on(device: torch.device, inputs: Inputs, top_k: int, route_scale: float) -> Inputs:
+    """All inputs of a call, the tensors on ``device``."""
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    return moved | {"top_k": top_k, "route_scale": 1.5}
+    return moved | {"top_k": top_k, "route_scale": route_scale}
 
 
 def _separate(inputs: Inputs, scores: torch.Tensor) -> None:
@@ -77,8 +82,7 @@ def _ties(seed: int, device: torch.device) -> Inputs:
     x = torch.ones(3, 64)
     bias = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.5, 1.0, 1.0, 0.0, 0.5, 0.0])
     inputs = {"x": x, "gate": torch.zeros(10, 64), "bias": bias, "tid2eid": None, "tokens": None}
-    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    return inputs | {"top_k": 5, "route_scale": 2.5}
+    return _on(device, inputs, 5, 2.5)
 
 
 def _extreme(seed: int, device: torch.device) -> Inputs:
@@ -91,8 +95,7 @@ def _extreme(seed: int, device: torch.device) -> Inputs:
     bias = torch.linspace(0, 0.01, n_experts)
     bias[::5] = -torch.inf
     inputs = {"x": x, "gate": gate, "bias": bias, "tid2eid": None, "tokens": None}
-    inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-    return inputs | {"top_k": 4, "route_scale": 1.5}
+    return _on(device, inputs, 4, 1.5)
 
 
 def _case(name: str, group: Group, make: Callable[[int, torch.device], Inputs], shape: tuple[int, ...]) -> Case:
@@ -113,8 +116,16 @@ def _random(
     hashed: bool = False,
     biased: bool = True,
 ) -> Case:
-    sizes = {"n_tok": n_tok, "hidden": hidden, "n_experts": n_experts, "top_k": top_k}
-    make = partial(random_inputs, **sizes, gate=gate, hashed=hashed, biased=biased)  # type: ignore[arg-type]
+    make = partial(
+        random_inputs,
+        n_tok=n_tok,
+        hidden=hidden,
+        n_experts=n_experts,
+        top_k=top_k,
+        gate=gate,
+        hashed=hashed,
+        biased=biased,
+    )
     rows = n_tok * top_k if hashed else n_experts
     return _case(name, group, make, (n_tok, rows, hidden, _DTYPES[gate].itemsize))
 
