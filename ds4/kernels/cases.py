@@ -21,11 +21,15 @@ class Exact:
 
 @dataclass(frozen=True)
 class Close:
-    """Within ``abs_tol + rel_tol * |want|`` for every element; ``reason`` derives the tolerance in a sentence."""
+    """Within ``abs_tol + rel_tol * |want|`` for every element; ``reason`` derives the tolerance in a sentence.
+
+    ``open_where_nan``: a NaN of the reference says that this element is not specified.
+    """
 
     abs_tol: float
     rel_tol: float
     reason: str
+    open_where_nan: bool = False
 
     def __post_init__(self) -> None:
         if min(self.abs_tol, self.rel_tol) < 0 or not self.reason:
@@ -70,7 +74,7 @@ def difference(got: Tensor, want: Tensor, compare: Compare) -> str | None:
         wrong = bits(got) != bits(want)
     else:
         g, w = got.double(), want.double()
-        same = (g == w) | (g.isnan() & w.isnan())
+        same = (g == w) | (w.isnan() if compare.open_where_nan else g.isnan() & w.isnan())
         wrong = ~(same | ((g - w).abs() <= compare.abs_tol + compare.rel_tol * w.abs()) & w.isfinite())
     n_wrong = int(wrong.sum())
     if not n_wrong:

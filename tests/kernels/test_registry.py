@@ -131,6 +131,13 @@ def test_close_has_an_absolute_and_a_relative_part(got, want, same):
     assert (difference(torch.tensor([got]), torch.tensor([want]), compare) is None) == same
 
 
+def test_what_the_reference_leaves_open_is_not_compared():
+    compare = Close(0.1, 0, "test", open_where_nan=True)
+    got, want = torch.tensor([1.0, 5.0, float("nan")]), torch.tensor([1.0, float("nan"), 2.0])
+    assert difference(got[:2], want[:2], compare) is None
+    assert difference(got, want, compare).startswith("1 of 3 differ, worst at [2]")
+
+
 def test_other_shapes_and_dtypes_differ():
     assert "float32 [3] instead of torch.float32 [4]" in difference(torch.zeros(3), torch.zeros(4), Exact())
     assert "float16" in difference(torch.zeros(3), torch.zeros(3, dtype=torch.float16), Close(1, 1, "test"))
