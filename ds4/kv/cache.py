@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds4.config import ModelConfig
+from ds4.kv.ring import ring_read, ring_write
 from ds4.kv.spec import MAX_DRAFT, LayerSpec, RowFormats, layer_spec
 
 
@@ -18,14 +19,17 @@ class LayerCache:
 
     ring u8 ``[window + max_draft, row_bytes]``; pool u8 ``[ctx / ratio, row_bytes]``; keys u8 ``[ctx / 4, key_bytes]``;
     state / key_state f32 ``[slots, 2, width]``: the compressors' raw (kv, score + ape) per token. ``ring_f32`` is the
-    ring decoded, for the torch path only: it would otherwise decode 128 rows to add one.
+    ring decoded, or None: a torch decode step would otherwise decode 128 rows to add one. Kernels write ``ring`` only,
+    so a cache that they write to has none.
     """
 
-    def __init__(self, spec: LayerSpec, formats: RowFormats, ctx: int) -> None:
+    def __init__(
+        self, spec: LayerSpec, formats: RowFormats, ctx: int, *, device: torch.device | str, decoded: bool
+    ) -> None:
         self.spec = spec
         self.formats = formats
-        self.ring = torch.zeros(spec.ring_slots, formats.row.row_bytes, dtype=torch.uint8)
-        self.ring_f32 = torch.zeros(spec.ring_slots, formats.row.width)
+        self.ring = torch.zeros(spec.ring_slots, formats.row.row_bytes, dtype=torch.uint8, device=device)
+        self.ring_f32 = torch.zeros(spec.ring_slots, formats.row.width, device=device) if decoded else None
         self.pool: Tensor | None = None
         self.state: Tensor | None = None
         self.keys: Tensor | None = None
@@ -33,11 +37,26 @@ class LayerCache:
         if spec.ratio:
             n_entries = ctx // spec.ratio
             # Not cleared: entries are read only once they are written, and pages are not touched before that.
-            self.pool = torch.empty(n_entries, formats.row.row_bytes, dtype=torch.uint8)
-            self.state = torch.zeros(spec.state_slots, 2, spec.state_width)
+            self.pool = torch.empty(n_entries, formats.row.row_bytes, dtype=torch.uint8, device=device)
+            self.state = torch.zeros(spec.state_slots, 2, spec.state_width, device=device)
             if spec.has_index:
-                self.keys = torch.empty(n_entries, formats.key.row_bytes, dtype=torch.uint8)
-                self.key_state = torch.zeros(spec.state_slots, 2, spec.key_state_width)
+                self.keys = torch.empty(n_entries, formats.key.row_bytes, dtype=torch.uint8, device=device)
+                self.key_state = torch.zeros(spec.state_slots, 2, spec.key_state_width, device=device)
+
+    def publish(self, kv: Tensor, start: int) -> Tensor:
+        """Store rows f32 ``[n, width]`` of positions ``start ..`` in the ring; returns them as stored (rounded)."""
+        packed = self.formats.row.pack(kv)
+        stored = self.formats.row.unpack(packed)
+        ring_write(self.ring, start, packed)
+        if self.ring_f32 is not None:
+            ring_write(self.ring_f32, start, stored)
+        return stored
+
+    def window(self, start: int, end: int) -> Tensor:
+        """Rows of positions ``start .. end - 1``, f32 ``[n, width]``."""
+        if self.ring_f32 is not None:
+            return ring_read(self.ring_f32, start, end)
+        return self.formats.row.unpack(ring_read(self.ring, start, end))
 
     def live(self, position: int, window: int) -> dict[str, Tensor]:
         """What the next token can see when ``position`` tokens have been processed, in order of position.
@@ -62,18 +81,30 @@ class LayerCache:
 
 
 def _last(ring: Tensor, position: int, n: int) -> Tensor:
-    slots = torch.arange(position - n, position) % ring.shape[0]
+    slots = torch.arange(position - n, position, device=ring.device) % ring.shape[0]
     return ring[slots]
 
 
 class KVCache:
-    """All layers' state for up to ``ctx`` tokens."""
+    """All layers' state for up to ``ctx`` tokens on ``device``. ``decoded``: keep each ring in FP32 as well."""
 
-    def __init__(self, config: ModelConfig, formats: RowFormats, ctx: int, *, max_draft: int = MAX_DRAFT) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        formats: RowFormats,
+        ctx: int,
+        *,
+        max_draft: int = MAX_DRAFT,
+        device: torch.device | str = "cpu",
+        decoded: bool = True,
+    ) -> None:
         self.config = config
         self.ctx = ctx
         self.max_draft = max_draft
-        self.layers = [LayerCache(layer_spec(config, r, max_draft), formats, ctx) for r in config.compress_ratios]
+        self.layers = [
+            LayerCache(layer_spec(config, ratio, max_draft), formats, ctx, device=device, decoded=decoded)
+            for ratio in config.compress_ratios
+        ]
 
     def live(self, position: int) -> dict[str, Tensor]:
         """Live state of every layer, keyed ``layers.N.<part>``; see :meth:`LayerCache.live`."""

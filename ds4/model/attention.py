@@ -8,7 +8,6 @@ from torch import Tensor
 from ds4.config import ModelConfig
 from ds4.kernels.attn import attn_decode, attn_prefill, query
 from ds4.kernels.common import apply_rope, rms_norm
-from ds4.kernels.kv_publish import ring_read, ring_write
 from ds4.kernels.proj import proj, proj_grouped, proj_in
 from ds4.kv.cache import LayerCache
 from ds4.model.compressor import Compressor
@@ -69,7 +68,7 @@ class Attention:
         """x f32 ``[8, d]`` -> f32 ``[8, d]``; publishes the tokens' rows, then each attends what it may see."""
         launch, row_format = ctx.launch, cache.formats.row
         qr, q, kv, raw = self._project(x, ctx)
-        self._publish(launch.take(kv), launch.start, cache)
+        cache.publish(launch.take(kv), launch.start)
         chosen: list[Tensor | None] = [None] * launch.n_tok
         if self.indexer is not None:
             assert cache.keys is not None
@@ -86,7 +85,7 @@ class Attention:
         token_kv = []
         for i in range(launch.n_tok):
             end = launch.start + i + 1
-            rows = ring_read(cache.ring_f32, max(0, end - self.window), end)
+            rows = cache.window(max(0, end - self.window), end)
             if cache.pool is not None and end >= self.ratio:
                 entries = chosen[i]
                 pool = cache.pool[: end // self.ratio] if entries is None else cache.pool[entries]
@@ -116,15 +115,6 @@ class Attention:
                 masks.append(self.indexer.select_prefill(qr, index_weights, ctx, cache, tile_keys))
         return self._output(attn_prefill(q, torch.cat(keys), self.sink, torch.cat(masks, dim=1), ctx.numerics), ctx)
 
-    @staticmethod
-    def _publish(kv: Tensor, start: int, cache: LayerCache) -> Tensor:
-        """Store rows f32 ``[n, width]`` of positions ``start ..``; returns them as stored (rounded)."""
-        packed = cache.formats.row.pack(kv)
-        stored = cache.formats.row.unpack(packed)
-        ring_write(cache.ring, start, packed)
-        ring_write(cache.ring_f32, start, stored)
-        return stored
-
     def _window_rows(self, kv: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
         """Rows of positions ``tile_start - window ..`` to the end of the tile; zeros where there is none (yet).
 
@@ -137,8 +127,8 @@ class Attention:
         offset = self.window - launch.tile_start
         first = max(0, launch.start - self.window)
         if first < launch.start:
-            rows[first + offset : launch.start + offset] = ring_read(cache.ring_f32, first, launch.start)
-        rows[launch.start + offset : launch.end + offset] = self._publish(kv[launch.row_slice], launch.start, cache)
+            rows[first + offset : launch.start + offset] = cache.window(first, launch.start)
+        rows[launch.start + offset : launch.end + offset] = cache.publish(kv[launch.row_slice], launch.start)
         return rows
 
     def _pool_rows(self, entries: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ds4.config import ModelConfig
 from ds4.kernels.common import rope_angles
-from ds4.kernels.kv_publish import finish_entry, pool_csa, pool_hca, ring_read, ring_write
+from ds4.kernels.kv_publish import finish_entry, pool_csa, pool_hca
+from ds4.kv.ring import ring_read, ring_write
 from ds4.model.context import Context
 from ds4.model.params import Params, small
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ds4.weights.tensor import PackedTensor, empty
+from ds4.weights.tensor import Matrix, empty
 
-Weight = PackedTensor | Tensor
+Weight = Matrix | Tensor
 Weights = tuple[Weight, ...]
 """Matrices with the same input, stacked along their rows."""
 
@@ -46,7 +46,7 @@ class DenseCache:
             self._entries.move_to_end(weights)
         return found
 
-    def make(self, weights: tuple[PackedTensor, ...]) -> Tensor:
+    def make(self, weights: tuple[Matrix, ...]) -> Tensor:
         """A new copy, kept if it fits the budget."""
         size = dense_bytes(weights)
         keep = size <= self.budget_bytes
@@ -67,15 +67,15 @@ def dense_bytes(weights: Weights) -> int:
     return 4 * weights[0].shape[1] * sum(w.shape[0] for w in weights)
 
 
-def _transposed(weights: tuple[PackedTensor, ...]) -> Tensor:
+def _transposed(weights: tuple[Matrix, ...]) -> Tensor:
     """f32 ``[sum(out), in]`` whose memory is ``[in, sum(out)]``.
 
     Kept transposed: BLAS libraries stream a matrix-vector product over long rows better than over short ones.
     """
     n_cols = weights[0].shape[1]
-    first = weights[0].data
+    device = weights[0].device
     shape = (n_cols, sum(w.shape[0] for w in weights))
-    made = empty(shape) if first.device.type == "cpu" else torch.empty(shape, device=first.device)
+    made = empty(shape) if device.type == "cpu" else torch.empty(shape, device=device)
     start = 0
     for w in weights:
         for rows, tile in w.tiles():
@@ -91,18 +91,18 @@ CACHE = DenseCache()
 def dense(weights: Weights) -> Tensor | None:
     """f32 ``[sum(out), in]``, or None if the product with these weights goes tile by tile (``tiles``).
 
-    Copies of packed weights are shared: never write to them. A single torch tensor is returned as it is. ValueError if
+    Copies of packed weights are shared: never write to them. A single f32 tensor is returned as it is. ValueError if
     some weights are packed and some are not.
     """
     found = CACHE.find(weights)
     if found is not None:
         return found
-    packed = tuple(w for w in weights if isinstance(w, PackedTensor))
+    packed = tuple(w for w in weights if not isinstance(w, Tensor))
     if len(packed) == len(weights):
         return None if dense_bytes(packed) > TILED_BYTES else CACHE.make(packed)
     if packed:
         raise ValueError("the weights of one product must be all packed or all torch tensors")
-    plain = [w for w in weights if isinstance(w, Tensor)]
+    plain = [w.to(torch.float32) for w in weights if isinstance(w, Tensor)]
     return plain[0] if len(plain) == 1 else torch.cat(plain)
 
 
@@ -113,7 +113,7 @@ def tiles(weights: Weights, first: int = 0, last: int | None = None) -> Iterator
     """
     start = 0
     for w in weights:
-        assert isinstance(w, PackedTensor)
+        assert not isinstance(w, Tensor)
         end = start + w.shape[0]
         low, high = max(first, start), end if last is None else min(last, end)
         if low < high:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,26 @@ from ds4.weights.formats import FORMATS, INTEGER_FORMATS
 
 _TILE = 1 << 19  # weights decoded at a time on a CPU: few enough for the intermediate results to stay in its cache
 _ALIGNMENT = 64
+
+
+class Matrix(Protocol):
+    """A weight matrix whose bits are packed in some layout: what the torch references need of it.
+
+    name, shape [out, in] and device; ``tiles`` and ``take_rows`` as of PackedTensor
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def tiles(self, first: int = 0, last: int | None = None) -> Iterator[tuple[slice, torch.Tensor]]: ...
+
+    def take_rows(self, ids: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +65,11 @@ class PackedTensor:
     def nbytes(self) -> int:
         """Packed bytes of this tensor (of the slice, where it is one) and its parts."""
         return self.data.numel() + sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``data`` lies."""
+        return self.data.device
 
     def dequantize(self, dtype: torch.dtype = torch.float32, rows: slice | None = None) -> torch.Tensor:
         """Decode to a new tensor on the device of ``data``.

@@ -10,8 +10,8 @@ from flash_dims import FLASH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds4.kernels.kv_publish import ring_read, ring_write
 from ds4.kv.cache import KVCache
+from ds4.kv.ring import ring_read, ring_write
 from ds4.kv.rows import PackedKey, PackedRow
 from ds4.kv.spec import MAX_DRAFT, RowFormats
 

@@ -1,5 +1,5 @@
 """Writing the cache: KV rows into the ring, compressor state, pooled entries, indexer keys."""
 
-from ds4.kernels.kv_publish.ref import finish_entry, pool_csa, pool_hca, ring_read, ring_write
+from ds4.kernels.kv_publish.ref import finish_entry, pool_csa, pool_hca
 
-__all__ = ["finish_entry", "pool_csa", "pool_hca", "ring_read", "ring_write"]
+__all__ = ["finish_entry", "pool_csa", "pool_hca"]
