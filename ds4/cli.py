@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from ds4 import __version__
-from ds4.cli_common import MEMORY, TOKENS, Options, model_options, one_line, sampling_options
+from ds4.cli_bench import Mix, bench_command
+from ds4.cli_bench import Wanted as Bench
+from ds4.cli_common import MEMORY, TOKENS, Options, WholeRange, model_options, one_line, sampling_options
 from ds4.errors import CudaError, Ds4Error
 
 
@@ -43,6 +45,14 @@ class OneLineErrors(click.Group):
             sys.exit(3)
         except click.Abort:  # Ctrl-C, or the end of input where an answer was needed
             sys.exit(130)
+        except RuntimeError as error:
+            kind = type(error).__name__  # torch's, which is not imported here
+            if kind == "AcceleratorError":
+                click.echo(f"ds4: error: CUDA: {one_line(str(error).splitlines()[0])}", err=True)
+                sys.exit(3)
+            if kind != "OutOfMemoryError":
+                raise
+            message = "device: out of GPU memory; choose a smaller --ctx, or --device cpu"
         except OSError as error:  # a file that cannot be read, a disk that is full
             message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
         click.echo(f"ds4: error: {one_line(message)}", err=True)
@@ -210,6 +220,45 @@ def convert(source: str, out: str, **wanted: Any) -> None:
     from ds4.cli_convert import Wanted, convert_command
 
     convert_command(source, out, Wanted(**wanted))
+
+
+@main.command()
+@click.option("--plan", is_flag=True, help="Launches and bytes of a decode step; needs no GPU.")
+@click.option("--dispatch", is_flag=True, help="Which kernel serves which operation, and how often; needs no GPU.")
+@click.option(
+    "--profile",
+    type=click.Choice(["step", "moe"]),
+    is_flag=False,
+    flag_value="step",
+    help="Times on a GPU: of every operation (step), or of the experts by layer (moe).",
+)
+@click.option("-m", "--model", metavar="PATH", help="Checkpoint or hub name; the bundled small model if left out.")
+@click.option("--n-tok", type=WholeRange(1, 8), default=1, metavar="N", help="Tokens of a step, 1 to 8 (1).")
+@click.option("--mix", type=Mix(), metavar="N:STEPS,...", help="--dispatch: steps of N tokens (1:1,2:1).")
+@click.option("--run", is_flag=True, help="--dispatch: run the steps on the GPU and count.")
+@click.option("--ctx", type=TOKENS, metavar="N", help="Tokens before the step (4096; 512 where steps run).")
+@click.option("--steps", type=WholeRange(1), default=50, metavar="N", help="--profile: steps to measure (50).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(**options: Any) -> None:
+    """Show what a decode step launches, moves and takes.
+
+    --plan and --dispatch read the checkpoint's headers only. --profile runs the step on the GPU, operation by operation
+    and as a whole; bytes are those that have to move, so GB/s and % of the card's copy bandwidth say how far a kernel
+    is from its limit. The library prints the same tables after generate() where the environment variable DS4_PROFILE
+    is step or moe.
+
+    \b
+    Examples:
+      ds4 bench --plan -m model.gguf --ctx 32k
+      ds4 bench --dispatch --mix 1:256,2:64
+      ds4 bench --profile moe -m model.gguf --n-tok 2 --json
+    """
+    asked = [name for name in ("plan", "dispatch", "profile") if options[name]]
+    if len(asked) != 1:
+        raise click.UsageError("choose one of --plan, --dispatch and --profile")
+    if asked[0] != "dispatch" and (options["mix"] or options["run"]):
+        raise click.UsageError("--mix and --run belong to --dispatch")
+    bench_command(Bench(**options))
 
 
 @main.command()

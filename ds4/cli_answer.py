@@ -14,44 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds4.cli_common import Options, load_llm
+from ds4.cli_common import Options, ProgressBar, load_llm
 
 if TYPE_CHECKING:
     from ds4.engine import LLM, Session, Statistics
 
 _IMPORTED_AT = time.monotonic()
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
-
-
-class PromptBar:
-    """A progress bar on standard error while a long prompt is processed; nothing where nobody would see it."""
-
-    PATIENCE_SECONDS = 0.5
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._bar: Any = None
-
-    def update(self, done: int, total: int) -> None:
-        """Called by the engine with prompt tokens done and in all; the bar appears late and goes when all are done."""
-        if self._bar is None:
-            if done >= total or not sys.stderr.isatty() or time.monotonic() - self._started < self.PATIENCE_SECONDS:
-                return
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task("reading the prompt", total=total)
-        self._bar.update(self._task, completed=done)
-        if done >= total:
-            self.close()
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 @dataclass
@@ -122,7 +91,7 @@ def stream_answer(
                 answer.text += text
             show(kind, text)
 
-    bar = PromptBar()
+    bar = ProgressBar("reading the prompt")
     stream = llm.generate(
         prompt,
         options.sampling_params(),

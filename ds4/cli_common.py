@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,42 @@ if TYPE_CHECKING:
 def one_line(message: str) -> str:
     """A message without newlines and control characters, whatever file or text it quotes."""
     return " ".join("".join(c if c.isprintable() else " " for c in message).split())
+
+
+class ProgressBar:
+    """A bar on standard error for work that takes its time; nothing where nobody would see it."""
+
+    PATIENCE_SECONDS = 0.5
+
+    def __init__(self, what: str, *, bytes_done: bool = False) -> None:
+        self._what, self._bytes = what, bytes_done
+        self._started = time.monotonic()
+        self._bar: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        """How much is done, and how much there is; the bar appears late and goes when all is done."""
+        if self._bar is None:
+            if done >= total or not sys.stderr.isatty() or time.monotonic() - self._started < self.PATIENCE_SECONDS:
+                return
+            self._open(total)
+        self._bar.update(self._task, completed=done)
+        if done >= total:
+            self.close()
+
+    def _open(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+
+        sizes = (DownloadColumn(), TransferSpeedColumn()) if self._bytes else ()
+        self._bar = Progress(*Progress.get_default_columns(), *sizes, console=Console(stderr=True), transient=True)
+        self._bar.start()
+        self._task = self._bar.add_task(self._what, total=total)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 # Options
@@ -164,7 +202,11 @@ class Options:
 
 
 def load_llm(options: Options) -> LLM:
-    """Open the model of ``options``."""
+    """Open the model of ``options``; weights that go to a GPU show a progress bar."""
     from ds4.engine import LLM
 
-    return LLM(options.model, device=options.device, ctx=options.ctx, numerics=options.numerics)
+    bar = ProgressBar("loading the weights", bytes_done=True)
+    try:
+        return LLM(options.model, device=options.device, ctx=options.ctx, numerics=options.numerics, on_load=bar.update)
+    finally:
+        bar.close()

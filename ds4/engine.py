@@ -7,9 +7,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,18 +16,18 @@ from torch import Tensor
 from ds4 import hub
 from ds4.demo import bundled_model_path
 from ds4.errors import Ds4Error
-from ds4.kernels.launch import DECODE_ROWS
-from ds4.kernels.numerics import Numerics, resolve
+from ds4.kernels.cuda_backend import backend_for
+from ds4.kernels.entry import Backend
+from ds4.kernels.numerics import DEFAULT_GROUP, GROUPS, Numerics, resolve
 from ds4.kv.spec import cache_bytes
+from ds4.model.device_params import DeviceParams
 from ds4.model.transformer import Transformer
 from ds4.sampling import Sampler, SamplingParams
+from ds4.session import Progress, Session, explained_memory
 from ds4.text.chat import chat_generation, encode_messages
 from ds4.text.templates import Generation
 from ds4.text.tokenizer import StreamDecoder, Tokenizer
 from ds4.weights import open_checkpoint
-
-Progress = Callable[[int, int], None]
-"""Called with (tokens done, tokens in all) while a prompt is processed."""
 
 
 @dataclass(frozen=True)
@@ -73,100 +72,23 @@ class Statistics:
         return out
 
 
-class Session:
-    """One text in progress: its tokens, its state, and where it stands.
-
-    At temperature 0 the results do not depend on how the prompt was chunked, on how many tokens a decode step took, or
-    on tokens that were undone: bit for bit (design.md, "Two forms").
-    """
-
-    def __init__(self, llm: LLM, ctx: int) -> None:
-        self.llm = llm
-        self.ctx = ctx
-        self.ids: list[int] = []
-        self.cache = llm.model.new_cache(ctx)
-        self._highest = 0
-
-    @property
-    def position(self) -> int:
-        """Number of tokens processed."""
-        return len(self.ids)
-
-    def _check(self, ids: Sequence[int]) -> list[int]:
-        ids = [int(i) for i in ids]
-        if not ids:
-            raise ValueError("no tokens given")
-        vocab = self.llm.config.vocab_size
-        bad = next((i for i in ids if not 0 <= i < vocab), None)
-        if bad is not None:
-            raise Ds4Error(f"token id {bad} is outside the vocabulary of {vocab}")
-        if self.position + len(ids) > self.ctx:
-            raise Ds4Error(
-                f"ctx: {self.position + len(ids)} tokens do not fit the context of {self.ctx}; "
-                "shorten the prompt or raise --ctx"
-            )
-        return ids
-
-    @torch.inference_mode()
-    def prefill(self, ids: Sequence[int], chunk: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Process prompt tokens in the prefill form; logits f32 ``[vocab]`` of the last one.
-
-        ``chunk`` tokens at a time (None: all at once); the result does not depend on it. Raises Ds4Error when the
-        tokens do not fit the context. Broken off (Ctrl-C, an error in ``progress``), it leaves the session empty.
-        """
-        ids = self._check(ids)
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
-        step = chunk or len(ids)
-        logits = torch.empty(0)
-        try:
-            for i in range(0, len(ids), step):
-                part = ids[i : i + step]
-                on_tile = partial(_report, progress, i, len(ids)) if progress else None
-                logits = self.llm.model.prefill(part, self.position, self.cache, on_tile=on_tile)
-                self.ids += part
-        except BaseException:  # rings have lost what the old position needs; position 0 needs nothing of them
-            self.ids.clear()
-            raise
-        finally:
-            self._highest = self.position
-        if progress is not None:
-            progress(len(ids), len(ids))
-        return logits
-
-    @torch.inference_mode()
-    def decode(self, ids: Sequence[int]) -> Tensor:
-        """Process 1 to 8 tokens in the decode form; logits f32 ``[n, vocab]``, a row a token."""
-        ids = self._check(ids)
-        if len(ids) > DECODE_ROWS:
-            raise ValueError(f"a decode step takes at most {DECODE_ROWS} tokens, got {len(ids)}")
-        threads = torch.get_num_threads()
-        # Matrix-vector products gain nothing from a second thread, and the small operations between them lose.
-        torch.set_num_threads(1)
-        try:
-            logits = self.llm.model.decode(ids, self.position, self.cache)
-        finally:
-            torch.set_num_threads(threads)
-        self.ids += ids
-        self._highest = self.position
-        return logits
-
-    def rewind(self, n: int) -> None:
-        """Undo the last ``n`` tokens. All rewinds since the last processed token together may undo ``max_draft``."""
-        limit = self.cache.max_draft - (self._highest - self.position)
-        if not 0 <= n <= min(limit, self.position):
-            raise ValueError(f"can undo at most {min(limit, self.position)} more tokens here, asked for {n}")
-        if n:
-            del self.ids[-n:]
-
-
 def resolve_device(device: str) -> str:
-    """Where a model runs, "cpu" or "cuda", from what was asked for. Raises Ds4Error where it cannot run there."""
+    """Where a model runs, "cpu" or "cuda", from what was asked for. Raises Ds4Error where it cannot run there.
+
+    "auto" is the CPU: no GPU has run the CUDA path yet, so it is used where it is asked for.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise Ds4Error(f"device: {device!r} is not one of auto, cpu, cuda")
-    if device == "cuda":
-        raise Ds4Error("device: the model does not run on CUDA yet; use --device cpu")
-    return "cpu"
+    if device != "cuda":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise Ds4Error("device: torch finds no GPU it can use (ds4 doctor says why); use --device cpu")
+    return "cuda"
+
+
+def current_gpu() -> torch.device:
+    """torch's current GPU."""
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 class LLM:
@@ -174,6 +96,8 @@ class LLM:
 
     ``numerics``: "serve" (default: FP32 arithmetic, KV rows and indexer keys rounded as the official code rounds them,
     which is what lets them be stored packed), "official" (every rounding of the official code) or "exact" (none).
+    ``device``: "cuda" loads the weights onto the GPU, calling ``on_load(bytes done, bytes in all)``, and decodes with
+    ds4's kernels; "cpu" leaves them in the file.
     """
 
     def __init__(
@@ -184,6 +108,7 @@ class LLM:
         ctx: int = 8192,
         numerics: str | Numerics | None = None,
         draft: int = 0,
+        on_load: Progress | None = None,
     ) -> None:
         self.device = resolve_device(device)
         if draft:
@@ -193,9 +118,22 @@ class LLM:
         self.checkpoint = open_checkpoint(self.path)
         self.config = self.checkpoint.config
         self.ctx = self._check_ctx(ctx)
-        self.model = Transformer(self.config, self.checkpoint, self.numerics)
+        self.backend: Backend | None = None
+        self.model = self._load_on_gpu(on_load) if self.device == "cuda" else self._load()
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_known = False
+
+    def _load(self) -> Transformer:
+        return Transformer(self.config, self.checkpoint, self.numerics)
+
+    def _load_on_gpu(self, on_load: Progress | None) -> Transformer:
+        if self.numerics != GROUPS[DEFAULT_GROUP]:
+            raise Ds4Error(f"numerics: the GPU kernels compute as {DEFAULT_GROUP!r} does; others need --device cpu")
+        device = current_gpu()
+        self.backend = backend_for(device)
+        params = DeviceParams(self.checkpoint, device, on_load)
+        with explained_memory(f"the weights, {self.checkpoint.total_bytes / 1e9:.1f} GB; choose a smaller checkpoint"):
+            return Transformer(self.config, params, self.numerics, device)
 
     def _check_ctx(self, ctx: int) -> int:
         limit = self.config.max_position_embeddings
@@ -274,7 +212,8 @@ class LLM:
     ) -> Generator[Piece | Statistics, None, None]:
         """Yield pieces of text with their token ids as they come, then one :class:`Statistics` (also after Ctrl-C).
 
-        A ``session`` whose tokens begin the prompt is continued: only the rest is processed. Raises Ds4Error for a
+        A ``session`` whose tokens begin the prompt is continued: only the rest is processed. On a GPU the environment
+        variable DS4_PROFILE (ds4.profiling.environment) adds a table of times on standard error. Raises Ds4Error for a
         prompt that does not fit; generation that reaches the end of the context stops with reason "length".
         """
         started = time.perf_counter()
@@ -297,7 +236,7 @@ class LLM:
             logits = session.prefill(ids[session.position :], progress=progress)
             stats.prefill_seconds = time.perf_counter() - started
             while True:
-                token = sampler.sample(logits, history)
+                token = sampler.sample(logits.cpu(), history)
                 if not stats.generated_tokens:
                     stats.first_token_seconds = time.perf_counter() - started
                     decode_started = time.perf_counter()
@@ -320,11 +259,8 @@ class LLM:
         if tail:
             yield Piece(tail, [])
         stats.peak_memory_bytes = peak_memory_bytes()
+        session.print_profile()
         yield stats
-
-
-def _report(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)
 
 
 def peak_memory_bytes() -> int:

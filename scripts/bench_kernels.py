@@ -26,11 +26,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_copy import measure as measure_copy
-from bench_copy import open_gpu, seconds
 from gpu_checks import capture, cases_of, copy_to
 
 from ds4.errors import CudaError, Ds4Error
+from ds4.kernels.bandwidth import measure as measure_copy
+from ds4.kernels.bandwidth import open_gpu, seconds
 from ds4.kernels.cases import Case, Inputs
 from ds4.kernels.cuda_backend import CudaBackend
 from ds4.kernels.entry import KernelCall

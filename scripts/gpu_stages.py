@@ -183,9 +183,9 @@ def sanitize(tool: str, name: str, options: Options) -> tuple[str, Any]:
 
 @cache
 def copy_bandwidth() -> dict[str, Any]:
-    import bench_copy
+    from ds4.kernels.bandwidth import measure, open_gpu
 
-    return bench_copy.measure(*bench_copy.open_gpu())
+    return measure(*open_gpu())
 
 
 def bandwidth() -> tuple[str, Any]:

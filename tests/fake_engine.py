@@ -71,7 +71,7 @@ class LLM:
     tokenizer: Any = object()
     made: list[LLM] = []  # noqa: RUF012
 
-    def __init__(self, path=None, *, device="auto", ctx=8192, numerics=None, draft=0) -> None:
+    def __init__(self, path=None, *, device="auto", ctx=8192, numerics=None, draft=0, on_load=None) -> None:
         if self.load_error:
             raise self.load_error
         self.options = {"path": path, "device": device, "ctx": ctx, "numerics": numerics, "draft": draft}

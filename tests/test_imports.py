@@ -1,6 +1,6 @@
 """Imports go one way, and ``import ds4`` stays light.
 
-    cli -> engine -> {graph -> mtp} -> model -> kernels -> kv -> weights -> config
+    cli -> engine -> {graph -> mtp, profiling} -> model -> kernels -> kv -> weights -> config
 
 text, sampling and demo stand apart. The source is parsed, not run, so an import inside a function or under
 TYPE_CHECKING counts like any other.
@@ -28,19 +28,24 @@ ALLOWED = {
     "kv": {"weights", "config"},
     "kernels": {"kv", "weights"},
     "model": {"kernels", "kv", "weights", "config"},
-    "mtp": {"model", "kernels", "kv", "weights", "config"},
+    "mtp": {"model", "kernels", "kv", "weights", "config", "sampling"},
     "graph": {"mtp", "model", "kernels", "kv", "weights", "config"},
+    "profiling": {"model", "kernels", "kv", "weights", "config"},
     "text": set(),
     "sampling": set(),
     "demo": set(),
     "hub": set(),
     "fit": {"kv", "config"},
     "doctor": {"engine", "kernels"},
-    "engine": {"graph", "mtp", "model", "kernels", "kv", "weights", "config", "text", "sampling", "demo", "hub"},
+    "engine": {
+        *("profiling", "graph", "mtp", "model", "kernels", "kv", "weights", "config"),
+        *("text", "sampling", "demo", "hub"),
+    },
     "root": {"engine", "config", "sampling", "weights", "text"},
     "cli": {
         "root",
         "engine",
+        "profiling",
         "graph",
         "mtp",
         "model",
@@ -58,6 +63,7 @@ ALLOWED = {
 }
 SAME_UNIT = {
     "cli_answer": "cli",
+    "cli_bench": "cli",
     "cli_chat": "cli",
     "cli_common": "cli",
     "cli_convert": "cli",
@@ -66,6 +72,7 @@ SAME_UNIT = {
     "cli_pull": "cli",
     "__main__": "cli",
     "config_keys": "config",
+    "session": "engine",
 }
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ds4.kernels.cases import Case, Inputs, Outputs
 from ds4.kernels.entry import Backend, Constants, Entry, KernelCall
 
-FAMILIES: tuple[str, ...] = ("head", "mhc", "route")  # folders of ds4/kernels with an op.py
+# Folders of ds4/kernels with an op.py.
+FAMILIES: tuple[str, ...] = ("attn", "embed", "head", "indexer", "kv_publish", "mhc", "moe", "proj", "route")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Operation:
     ``token_inputs``, ``token_outputs``  the inputs and results with one row a token -> the dimension that counts
                            tokens. Taking the first n tokens of every token input gives a valid call whose token
                            outputs are the first n rows, bit for bit. A token input may be None where a case has
-                           none. Both empty: the operation has no tokens.
+                           none, a token output may be absent. Both empty: the operation has no tokens.
     ``decode``             part of the decode step, whose kernels may not spill registers.
     """
 

@@ -99,6 +99,7 @@ class KVCache:
         decoded: bool = True,
     ) -> None:
         self.config = config
+        self.device = torch.device(device)
         self.ctx = ctx
         self.max_draft = max_draft
         self.layers = [

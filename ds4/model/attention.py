@@ -7,13 +7,18 @@ from torch import Tensor
 
 from ds4.config import ModelConfig
 from ds4.kernels.attn import attn_decode, attn_prefill, query
+from ds4.kernels.attn.op import ATTN_DECODE
+from ds4.kernels.cases import Inputs
 from ds4.kernels.common import apply_rope, rms_norm
+from ds4.kernels.kv_publish.op import KV_PUBLISH_CSA, KV_PUBLISH_HCA, KV_PUBLISH_SWA
 from ds4.kernels.proj import proj, proj_grouped, proj_in
+from ds4.kernels.proj.op import FORMATS, PROJ_IN, PROJ_OA, PROJ_OB, PROJ_Q, segment_inputs
 from ds4.kv.cache import LayerCache
 from ds4.model.compressor import Compressor
 from ds4.model.context import Context
 from ds4.model.indexer import Indexer
 from ds4.model.params import Params, small
+from ds4.model.steps import RATIO_TABLES, StepBuilder, planes_of
 from ds4.weights.dense_cache import Weight
 
 
@@ -92,6 +97,57 @@ class Attention:
                 rows = torch.cat((rows, row_format.unpack(pool)))
             token_kv.append(rows)
         return self._output(attn_decode(q, token_kv, self.sink, launch.rows, ctx.numerics), ctx)
+
+    def step(self, x: Tensor, s: StepBuilder, cache: LayerCache) -> Tensor:
+        """Launches of the decode step: f32 ``[n_tok, d]`` -> f32 ``[n_tok, d]``."""
+        inputs = [self.wq_a, self.wkv]
+        for compressor in (self.compressor, self.indexer.compressor if self.indexer else None):
+            if compressor is not None:
+                inputs += [compressor.wkv, compressor.wgate]
+        queries = [self.wq_b]
+        if self.indexer is not None:
+            inputs.append(self.indexer.weights_proj)
+            queries.append(self.indexer.wq_b)
+        made = s.add(PROJ_IN, {"x": x} | segment_inputs([planes_of(w, FORMATS, "proj_in") for w in inputs]))
+        raw = [made[f"y{i}"] for i in range(len(inputs))]
+        cis = s.cis[1 if self.ratio else 0]
+        qr = self._publish_step(raw, cis, s, cache)
+        made = s.add(PROJ_Q, {"x": qr} | segment_inputs([planes_of(w, FORMATS, "proj_q") for w in queries]))
+        selected = None
+        if self.indexer is not None:
+            selected = self.indexer.step(made["y1"].unflatten(1, (self.indexer.n_heads, -1)), raw[6], s, cache)
+        attended = {
+            "q": made["y0"].unflatten(1, (self.n_heads, self.width)),
+            "cis": cis,
+            "sink": self.sink,
+            "ring": cache.ring,
+            "pool": cache.pool,
+            "selected": selected,
+            "pos": s.pos,
+            "window": self.window,
+            "ratio": self.ratio,
+            "eps": self.eps,
+        }
+        o = s.add(ATTN_DECODE, attended)["o"].view(s.n_tok, self.n_groups, -1)
+        z = s.add(PROJ_OA, {"x": o} | segment_inputs([planes_of(self.wo_a, FORMATS, "proj_oa")]))["y0"]
+        return s.add(PROJ_OB, {"x": z} | segment_inputs([planes_of(self.wo_b, FORMATS, "proj_ob")]))["y0"]
+
+    def _publish_step(self, raw: list[Tensor], cis: Tensor, s: StepBuilder, cache: LayerCache) -> Tensor:
+        """The launch that writes the cache; returns the normed query latent f32 ``[n_tok, q_lora]``."""
+        inputs: Inputs = {"q_a": raw[0], "kv": raw[1], "pos": s.pos, "cis": cis, "eps": self.eps, "ring": cache.ring}
+        inputs |= {"q_norm": self.q_norm, "kv_norm": self.kv_norm}
+        operation = KV_PUBLISH_SWA
+        if self.compressor is not None:
+            operation = KV_PUBLISH_HCA
+            inputs |= {"comp_kv": raw[2], "comp_gate": raw[3], "entry_cis": s.cis[RATIO_TABLES[self.ratio]]}
+            inputs |= {"ape": self.compressor.ape, "comp_norm": self.compressor.norm}
+            inputs |= {"state": cache.state, "pool": cache.pool}
+        if self.indexer is not None:
+            operation = KV_PUBLISH_CSA
+            inputs |= {"idx_kv": raw[4], "idx_gate": raw[5]}
+            inputs |= {"idx_ape": self.indexer.compressor.ape, "idx_norm": self.indexer.compressor.norm}
+            inputs |= {"key_state": cache.key_state, "keys": cache.keys}
+        return s.add(operation, inputs)["qr"]
 
     def prefill(self, x: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
         """x f32 ``[n_rows, d]`` -> f32 ``[n_rows, d]``; without a cache (training) the tile is the whole text."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ds4.config import ModelConfig
 from ds4.kernels.mhc import hc_expand, mhc_boundary
+from ds4.kernels.mhc.op import OPERATIONS as BOUNDARIES
 from ds4.kv.cache import LayerCache
 from ds4.model.attention import Attention
 from ds4.model.context import Context
 from ds4.model.moe import MoE
-from ds4.model.params import Params, small
+from ds4.model.params import Params, small, table
+from ds4.model.steps import StepBuilder
 
 
 class Residual(NamedTuple):
@@ -38,7 +41,7 @@ class Site:
 
     def __init__(self, config: ModelConfig, params: Params, prefix: str, name: str) -> None:
         m, d = config.hc_mult, config.hidden_size
-        self.fn = small(params, f"{prefix}.hc_{name}_fn", ((2 + m) * m, m * d))
+        self.fn = table(params, f"{prefix}.hc_{name}_fn", ((2 + m) * m, m * d), (torch.float16,))
         self.scale = small(params, f"{prefix}.hc_{name}_scale", (3,))
         self.base = small(params, f"{prefix}.hc_{name}_base", ((2 + m) * m,))
         self.norm = small(params, f"{prefix}.{name}_norm.weight", (d,))
@@ -62,6 +65,24 @@ class Site:
             rows=ctx.rows,
         )
 
+    def step(self, r: Residual, s: StepBuilder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same as launches of the decode step."""
+        inputs = {
+            "y": r.y,
+            "streams": r.streams,
+            "prev_post": r.post,
+            "prev_comb": r.comb,
+            "fn": self.fn,
+            "scale": self.scale,
+            "base": self.base,
+            "norm": self.norm,
+            "sinkhorn_iters": self.iters,
+            "hc_eps": self.hc_eps,
+            "norm_eps": self.norm_eps,
+        }
+        made = s.add(BOUNDARIES["none"], inputs)
+        return made["streams"], made["x"], made["post"], made["comb"]
+
 
 class Block:
     """Attention and experts of one layer; ``ratio`` 0 for sliding layers and draft blocks."""
@@ -81,3 +102,10 @@ class Block:
             y = self.attn.prefill(x, ctx, cache)
         streams, x, post, comb = self.ffn_site(Residual(streams, y, post, comb), ctx)
         return Residual(streams, self.moe(x, ctx), post, comb)
+
+    def step(self, r: Residual, s: StepBuilder, cache: LayerCache) -> Residual:
+        """Launches of the decode step."""
+        streams, x, post, comb = self.attn_site.step(r, s)
+        y = self.attn.step(x, s, cache)
+        streams, x, post, comb = self.ffn_site.step(Residual(streams, y, post, comb), s)
+        return Residual(streams, self.moe.step(x, s), post, comb)

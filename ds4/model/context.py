@@ -17,13 +17,15 @@ from ds4.kernels.proj import Rows
 class Rope:
     """Frequencies of the two rotary tables: plain (sliding layers, draft blocks) and compressed (YaRN)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
         n = config.qk_rope_head_dim
         fast, slow = config.rope_beta_fast, config.rope_beta_slow
-        self.plain = rope_frequencies(n, config.rope_theta, 1.0, 0, fast, slow)
-        self.compressed = rope_frequencies(
-            n, config.compress_rope_theta, config.rope_factor, config.rope_original_max_position, fast, slow
-        )
+        with torch.device("cpu"):  # the same bits whatever the device: a power is not computed alike everywhere
+            plain = rope_frequencies(n, config.rope_theta, 1.0, 0, fast, slow)
+            compressed = rope_frequencies(
+                n, config.compress_rope_theta, config.rope_factor, config.rope_original_max_position, fast, slow
+            )
+        self.plain, self.compressed = plain.to(device), compressed.to(device)
 
     def frequencies(self, ratio: int) -> Tensor:
         return self.compressed if ratio else self.plain

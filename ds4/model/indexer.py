@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ds4.config import ModelConfig
 from ds4.kernels.indexer import index_query, index_score, index_topk
+from ds4.kernels.indexer.op import INDEX_SCORE, INDEX_TOPK
 from ds4.kernels.proj import proj
 from ds4.kv.cache import LayerCache
 from ds4.model.compressor import Compressor
 from ds4.model.context import Context
 from ds4.model.params import Params
+from ds4.model.steps import StepBuilder
 
 
 class Indexer:
@@ -75,3 +77,13 @@ class Indexer:
             scores = index_score(q[row : row + 1], keys[:n], w[row : row + 1], ctx.numerics)
             chosen.append(index_topk(scores, torch.tensor([n]), self.top_k)[0].nonzero().squeeze(1))
         return chosen
+
+    def step(self, q: Tensor, weights: Tensor, s: StepBuilder, cache: LayerCache) -> Tensor:
+        """Launches of the decode step: chosen entries i32 ``[n_tok, top_k]``, ascending, then -1.
+
+        q f32 ``[n_tok, h, width]`` and weights f32 ``[n_tok, h]``, both raw.
+        """
+        inputs = {"q": q, "cis": s.cis[1], "weights": weights, "weight_scale": self.weight_scale}
+        inputs |= {"keys": cache.keys, "pos": s.pos, "top_k": self.top_k}
+        scores = s.add(INDEX_SCORE, inputs)["scores"]
+        return s.add(INDEX_TOPK, {"scores": scores, "pos": s.pos, "top_k": self.top_k})["selected"]

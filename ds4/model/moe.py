@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ds4.config import ModelConfig
 from ds4.errors import Ds4Error
+from ds4.kernels.cases import Inputs
 from ds4.kernels.moe import Expert, moe
-from ds4.kernels.route import route
+from ds4.kernels.moe.op import MOE_DOWN, MOE_UP
+from ds4.kernels.packing import PlaneMatrix
+from ds4.kernels.route.op import ROUTE
+from ds4.kernels.route.ref import route
 from ds4.model.context import Context
-from ds4.model.params import Params, small
+from ds4.model.params import Params, small, table
+from ds4.model.steps import StepBuilder
+from ds4.weights.dense_cache import Weight
 
 
 class MoE:
@@ -21,7 +30,7 @@ class MoE:
         self.route_scale = config.routed_scaling_factor
         self.limit = config.swiglu_limit
         n_experts = params.n_experts(prefix.removesuffix(".ffn"))
-        self.gate = small(params, f"{prefix}.gate.weight", (n_experts, d))
+        self.gate = table(params, f"{prefix}.gate.weight", (n_experts, d), (torch.float16, torch.bfloat16))
         self.bias = self.tid2eid = None
         if hash_routed:
             self.tid2eid = small(params, f"{prefix}.gate.tid2eid", (config.vocab_size, self.top_k))
@@ -48,8 +57,7 @@ class MoE:
             x,
             self.gate,
             bias=self.bias,
-            tid2eid=self.tid2eid,
-            tokens=ctx.ids,
+            hash_ids=None if self.tid2eid is None else self.tid2eid[ctx.ids],
             top_k=self.top_k,
             route_scale=self.route_scale,
             rows=ctx.rows,
@@ -66,3 +74,35 @@ class MoE:
             rows=ctx.rows,
             live=live,
         )
+
+    def step(self, x: Tensor, s: StepBuilder) -> Tensor:
+        """Launches of the decode step: f32 ``[n_tok, d]`` -> f32 ``[n_tok, d]``."""
+        hashed = None if self.tid2eid is None else self.tid2eid.to(torch.int32)
+        where = {"bias": self.bias, "tid2eid": hashed, "tokens": None if hashed is None else s.tokens}
+        picked = s.add(
+            ROUTE, {"x": x, "gate": self.gate, **where, "top_k": self.top_k, "route_scale": self.route_scale}
+        )
+        up = self._arena("w1", [e.w1 for e in self.experts]) | self._arena("w3", [e.w3 for e in self.experts])
+        up |= self._alone("sw1", self.shared.w1) | self._alone("sw3", self.shared.w3)
+        mid = s.add(MOE_UP, {"x": x, **picked, **up, "limit": self.limit})["mid"]
+        down = self._arena("w2", [e.w2 for e in self.experts]) | self._alone("sw2", self.shared.w2)
+        return s.add(MOE_DOWN, {"mid": mid, "ids": picked["ids"], **down})["y"]
+
+    @staticmethod
+    def _arena(name: str, matrices: Sequence[Weight]) -> Inputs:
+        """The experts' matrices of one kind as inputs of the kernels: their arena and their multipliers, if any."""
+        found = [w for w in matrices if isinstance(w, PlaneMatrix)]
+        arena = found[0].arena
+        assert arena is not None
+        scales = None
+        if any(w.scale != 1 for w in found):
+            scales = torch.tensor([w.scale for w in found], dtype=torch.float32, device=found[0].device)
+        planes = {f"{name}_{key}": plane for key, plane in arena.tensors.items()}
+        return {**planes, f"{name}_format": found[0].format, f"{name}_scale": scales}
+
+    @staticmethod
+    def _alone(name: str, w: Weight) -> Inputs:
+        """A single matrix as inputs of the kernels."""
+        assert isinstance(w, PlaneMatrix)
+        planes = {f"{name}_{key}": plane for key, plane in w.planes.tensors.items()}
+        return {**planes, f"{name}_format": w.format, f"{name}_scale": w.scale}

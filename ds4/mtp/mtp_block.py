@@ -1,10 +1,13 @@
-"""The preview generation's multi-token-prediction block (spec model.md 7.1).
+"""The preview generation's multi-token-prediction block (spec model.md 7.1), and drafting with it.
 
 Convention (also of the bundled model's training): the pair (streams h_p of the trunk at position p, token x_{p+1}) is
 processed at rotary position p and predicts x_{p+2}. The first pair of a text is (h_0, x_1); nothing is put before it.
+Longer drafts are chained: the block's own streams and its own token make the next pair.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +16,17 @@ from ds4.config import ModelConfig
 from ds4.kernels.common import rms_norm
 from ds4.kernels.head import hc_head, head
 from ds4.kernels.launch import Launch
-from ds4.kernels.proj import Rows, proj
+from ds4.kernels.proj import Rows, proj, proj_in
 from ds4.kv.cache import LayerCache
+from ds4.kv.spec import MAX_DRAFT
 from ds4.model.block import Block, Residual
 from ds4.model.context import Context, make_context
 from ds4.model.params import Params, small
 from ds4.model.transformer import Transformer, embedding_rows
+from ds4.mtp.drafter import Chooser, Draft, check_history
+from ds4.mtp.rows import publish_rows, stage_cache
+from ds4.mtp.tail import Tail
+from ds4.sampling import Sampler
 
 
 class MTPBlock:
@@ -38,14 +46,30 @@ class MTPBlock:
         self.hc_base = small(params, f"{prefix}.hc_head_base", (m,))
         self.block = Block(config, params, prefix, 0, hash_routed=False)
 
-    def streams(self, h: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
-        """Block output z f32 ``[n, m, d]`` from streams ``h`` ``[n, m, d]`` and next tokens ``ctx.ids`` ``[n]``."""
+    def _joined(self, h: Tensor, ctx: Context) -> Residual:
+        """The pairs' streams f32 ``[n, m, d]`` in front of the block."""
         eps, n = self.config.rms_norm_eps, ctx.numerics
         e = proj(n.rd(rms_norm(embedding_rows(self.trunk.embed, ctx.ids), self.enorm, eps)), self.e_proj, n, ctx.rows)
         # hnorm works on each stream by itself, so the streams are simply more rows of the same product.
         hn = n.rd(rms_norm(h, self.hnorm, eps))
         hp = torch.stack([proj(hn[:, i], self.h_proj, n, ctx.rows) for i in range(h.shape[1])], dim=1)
-        return self.block(Residual(n.rd(e.unsqueeze(1) + hp)), ctx, cache).resolve(ctx)
+        return Residual(n.rd(e.unsqueeze(1) + hp))
+
+    def context(self, launch: Launch, next_ids: Tensor) -> Context:
+        """Context of a launch of pairs; ``next_ids`` i64 ``[n_rows]`` are the tokens behind its positions."""
+        return make_context(self.config, self.trunk.rope, self.trunk.numerics, launch, next_ids)
+
+    def streams(self, h: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
+        """Block output z f32 ``[n, m, d]`` from streams ``h`` ``[n, m, d]`` and next tokens ``ctx.ids`` ``[n]``."""
+        return self.block(self._joined(h, ctx), ctx, cache).resolve(ctx)
+
+    def fill(self, h: Tensor, ctx: Context, cache: LayerCache) -> None:
+        """Store the pairs' rows in the block's ring, the same as ``streams`` does, and compute nothing else."""
+        attn = self.block.attn
+        _, x, _, _ = self.block.attn_site(self._joined(h, ctx), ctx)
+        # wq_a goes along because the order of a sum may depend on the matrix: rows are the same bits in both ways.
+        kv = proj_in(x, [attn.wq_a, attn.wkv], [], [], ctx.numerics, ctx.rows)[1]
+        publish_rows(attn, kv, ctx, cache)
 
     def logits(self, z: Tensor, rows: Rows = None) -> Tensor:
         """f32 ``[n, m, d]`` -> logits f32 ``[n, vocab]`` for the token after next."""
@@ -65,5 +89,55 @@ class MTPBlock:
     def forward_text(self, h: Tensor, next_ids: Tensor) -> Tensor:
         """Differentiable logits f32 ``[n, vocab]`` of a text: h ``[n, m, d]``, next_ids i64 ``[n]`` (x_1 .. x_n)."""
         launch = Launch.prefill_tile(0, h.shape[0], n_rows=h.shape[0])
-        ctx = make_context(self.config, self.trunk.rope, self.trunk.numerics, launch, next_ids)
-        return self.logits(self.streams(h, ctx, None))
+        return self.logits(self.streams(h, self.context(launch, next_ids), None))
+
+
+class MTPDrafter:
+    """Chained drafts of one session (a :class:`ds4.mtp.drafter.Drafter`): the block run once for each token."""
+
+    max_tokens = MAX_DRAFT - 1  # a decode step takes the token before the draft as well
+
+    def __init__(self, block: MTPBlock) -> None:
+        c = block.config
+        self.block = block
+        self.layers: tuple[int, ...] = (c.num_hidden_layers - 1,)
+        self.caches = [stage_cache(c, block.trunk.formats())]
+        self._tail = Tail((c.hc_mult, c.hidden_size), 1, self._write)
+
+    @property
+    def position(self) -> int:
+        return self._tail.position
+
+    def _write(self, launch: Launch, h: Tensor, next_ids: Tensor) -> None:
+        self.block.fill(h, self.block.context(launch, next_ids), self.caches[0])
+
+    def observe(self, launch: Launch, ids: Tensor, streams: Sequence[Tensor]) -> None:
+        self._tail.observe(launch, ids, streams[0])
+
+    def rewind(self, position: int) -> None:
+        self._tail.rewind(position)
+
+    @torch.inference_mode()
+    def draft(self, history: Sequence[int], k: int, sampler: Sampler) -> Draft:
+        position = self.position
+        check_history(history, position)
+        chooser = Chooser(sampler, history)
+        if not position:  # nothing was processed: there are no streams to start from
+            return Draft()
+        self._tail.fill()
+        h, token = self._tail.at(position - 1), int(history[-1])
+        for p in range(position - 1, position - 1 + min(k, self.max_tokens)):
+            h, logits = self._step(h, token, p)
+            if p == position - 1:
+                self._tail.claim(token)
+            token = chooser.choose(logits)
+        return Draft(chooser.tokens, chooser.probs)
+
+    def _step(self, h: Tensor, next_id: int, p: int) -> tuple[Tensor, Tensor]:
+        """(z f32 ``[m, d]``, logits f32 ``[vocab]``) of the pair (h f32 ``[m, d]``, ``next_id``) at position ``p``."""
+        launch = Launch.decode_step(p, 1)
+        row = launch.rows[0]
+        rows, ids = h.new_zeros(launch.n_rows, *h.shape), torch.zeros(launch.n_rows, dtype=torch.int64)
+        rows[row], ids[row] = h, next_id
+        z = self.block.streams(rows, self.block.context(launch, ids), self.caches[0])
+        return z[row], self.block.logits(z, launch.rows)[row]

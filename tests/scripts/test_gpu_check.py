@@ -25,7 +25,7 @@ import gpu_machine
 from cuemu.backend import CpuBackend, missing
 from gpu_check import Outcome, Runner, Stage, item
 
-from ds4.kernels import registry
+from ds4.kernels import bandwidth, registry
 from ds4.kernels.arch import DeviceFacts
 from ds4.kernels.cases import Case, Exact
 
@@ -218,8 +218,8 @@ def test_benchmark_arithmetic():
     assert bench_kernels.copies_for(1, 80 << 30) == bench_kernels.LAUNCHES
     assert bench_kernels.copies_for(1 << 30, 80 << 30) == 8
     assert bench_kernels.copies_for(30 << 30, 80 << 30) == 1
-    assert bench_copy.sizes_for(80 << 30, 50 << 20) == [1 << 30, 4 << 30]
-    assert bench_copy.sizes_for(1 << 30, 50 << 20) == [128 << 20]
+    assert bandwidth.sizes_for(80 << 30, 50 << 20) == [1 << 30, 4 << 30]
+    assert bandwidth.sizes_for(1 << 30, 50 << 20) == [128 << 20]
 
 
 @needs_emulation
@@ -229,23 +229,23 @@ def test_bandwidth_kernels_read_and_copy_everything():
     y, sums = torch.full((n,), torch.nan), torch.full((blocks * 256,), torch.nan)
     CpuBackend().run(
         [
-            bench_copy.bandwidth_call(bench_copy.COPY, x, y, blocks),
-            bench_copy.bandwidth_call(bench_copy.READ, x, sums, blocks),
+            bandwidth.bandwidth_call(bandwidth.COPY, x, y, blocks),
+            bandwidth.bandwidth_call(bandwidth.READ, x, sums, blocks),
         ]
     )
     assert torch.equal(x, y)
     assert sums.sum() == x.sum()  # integers: exact in any order
     with pytest.raises(ValueError, match="do not fit"):
-        bench_copy.bandwidth_call(bench_copy.READ, x, y, blocks)
+        bandwidth.bandwidth_call(bandwidth.READ, x, y, blocks)
 
 
 @needs_emulation
 def test_bandwidth_measurement(no_cuda, monkeypatch):
-    monkeypatch.setattr(bench_copy, "SIZES", (1 << 20,))
+    monkeypatch.setattr(bandwidth, "SIZES", (1 << 20,))
     backend = CpuBackend()
     facts = DeviceFacts(0, "fake", (9, 0), 1 << 30, 2, 0, 0, 1 << 10)
     object.__setattr__(backend, "facts", facts)
-    found = bench_copy.measure(backend, CPU, repeats=2)
+    found = bandwidth.measure(backend, CPU, repeats=2)
     assert [(row["kind"], round(row["gb_s"], 6)) for row in found["rows"]] == [
         ("read", round((1 << 20) / 1e-3 / 1e9, 6)),
         ("copy", round((2 << 20) / 1e-3 / 1e9, 6)),

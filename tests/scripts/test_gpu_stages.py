@@ -119,12 +119,12 @@ def test_compute_sanitizer(tmp_path, probe, cases, error):
             gpu_stages.sanitize(str(tool), "memcheck", ALL)
 
 
-def test_the_model_is_skipped_until_the_engine_takes_cuda(monkeypatch):
+def test_the_model_is_skipped_where_the_engine_takes_no_cuda(monkeypatch):
     def refuse(device):
-        raise Ds4Error("device: this version has no CUDA kernels yet")
+        raise Ds4Error("device: torch finds no GPU")
 
     monkeypatch.setattr(engine, "resolve_device", refuse)
-    with pytest.raises(Skip, match="the model does not run on CUDA yet: device"):
+    with pytest.raises(Skip, match="device: torch finds no GPU"):
         list(gpu_machine.model(Path(), Skip))
     monkeypatch.setattr(engine, "resolve_device", lambda device: device)
     assert [name.split()[0] for name, _ in gpu_machine.model(Path(), Skip)] == ["verify.sh", "greedy"]

@@ -31,6 +31,7 @@ _WEIGHTS = {
     "bf16": (("values", "bf16*"),),
     "q8_0": (("codes", "i8*"), ("d", "f16*")),
 }
+FORMATS = tuple(_WEIGHTS)
 _ENTRIES = {
     name: Entry(
         f"lm_head_{name}", "head/lm_head.cu", (("x", "f32*"), *weights, *_RESULTS), ("HIDDEN", "VOCAB", "N_TOK")

@@ -23,10 +23,10 @@ def hc_mix(streams: Tensor, fn: Tensor, norm_eps: float, rows: Rows = None) -> T
     return matmul_rows(flat, fn, rows) * inv
 
 
-@lru_cache(maxsize=4)
-def _scale_index(m: int) -> Tensor:
+@lru_cache(maxsize=8)
+def _scale_index(m: int, device: torch.device) -> Tensor:
     """Which of the three scales (pre, post, comb) belongs to each of the ``(2 + m) m`` mixing logits."""
-    return torch.tensor([0] * m + [1] * m + [2] * (m * m))
+    return torch.tensor([0] * m + [1] * m + [2] * (m * m), device=device)
 
 
 def hc_sinkhorn(
@@ -38,11 +38,11 @@ def hc_sinkhorn(
     softmax with its column pass as the first round; it ends on columns.
     """
     m = hc_mult
-    z = mix * scale[_scale_index(m)] + base
+    z = mix * scale[_scale_index(m, scale.device)] + base
     gates = torch.sigmoid(z[:, : 2 * m])
     pre, post = gates[:, :m] + eps, 2 * gates[:, m:]
     comb = z[:, 2 * m :].unflatten(1, (m, m)).softmax(-1) + eps
-    if comb.requires_grad:
+    if comb.requires_grad or comb.device.type != "cpu":
         comb = comb / (comb.sum(1, keepdim=True) + eps)
         for _ in range(iters - 1):
             comb = comb / (comb.sum(2, keepdim=True) + eps)

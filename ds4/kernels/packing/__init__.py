@@ -14,6 +14,7 @@ import torch
 
 from ds4.errors import Ds4Error
 from ds4.kernels.packing import fp8_block, iq2_xxs, mxfp4, nvfp4, plain, q2_k, q4_k, q6_k, q8_0
+from ds4.kernels.packing.matrix import PlaneMatrix
 from ds4.kernels.packing.planes import ALIGN, Packing, Plane, Planes, pack_rows
 from ds4.weights.tensor import PackedTensor
 
@@ -48,4 +49,4 @@ def packing_of(tensor: PackedTensor) -> Packing:
     return packing
 
 
-__all__ = ["ALIGN", "PACKINGS", "Packing", "Plane", "Planes", "pack_rows", "packing_of"]
+__all__ = ["ALIGN", "PACKINGS", "Packing", "Plane", "PlaneMatrix", "Planes", "pack_rows", "packing_of"]

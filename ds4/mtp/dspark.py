@@ -1,0 +1,177 @@
+"""The DSpark block drafter (spec model.md 7.2): one pass over a block of noise tokens drafts several tokens at once.
+
+Context: every position p has a row in each stage's ring, made from the trunk's tapped layers. A draft at p lets a block
+of b tokens (the one just chosen, then noise) at p + 1 .. p + b through the stages, where each of them attends the rows
+up to p and all of the block. Row i of the result predicts position p + 2 + i, given the token drafted before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds4.config import ModelConfig
+from ds4.errors import Ds4Error
+from ds4.kernels.attn import attend
+from ds4.kernels.common import rms_norm
+from ds4.kernels.head import hc_head, head
+from ds4.kernels.launch import Launch
+from ds4.kernels.proj import matmul_rows, proj
+from ds4.kv.cache import LayerCache
+from ds4.kv.spec import MAX_DRAFT
+from ds4.model.attention import Attention
+from ds4.model.block import Block, Residual, Site
+from ds4.model.context import Context, make_context
+from ds4.model.moe import MoE
+from ds4.model.params import Params, small
+from ds4.model.transformer import Transformer, embedding_rows
+from ds4.mtp.drafter import Chooser, Draft, check_history
+from ds4.mtp.rows import publish_rows, stage_cache
+from ds4.mtp.tail import Tail
+from ds4.sampling import Sampler
+
+
+class BlockAttention(Attention):
+    """Attention of a draft block over the context in front of it and over itself, in both directions."""
+
+    def decode(self, x: Tensor, ctx: Context, cache: LayerCache) -> Tensor:
+        """x f32 ``[b, d]`` -> f32 ``[b, d]``; the block's own rows are rounded as in a cache, but stored nowhere."""
+        start, row_format = ctx.launch.start, cache.formats.row
+        _, q, kv, _ = self._project(x, ctx)
+        context = cache.window(max(0, start - self.window), start)
+        rows = torch.cat((context, row_format.unpack(row_format.pack(kv))))
+        return self._output(attend(q, rows, self.sink, None, ctx.numerics), ctx)
+
+
+class Stage(Block):
+    """One stage: a sliding block with :class:`BlockAttention` and bias-routed experts."""
+
+    def __init__(self, config: ModelConfig, params: Params, prefix: str) -> None:
+        self.attn_site = Site(config, params, prefix, "attn")
+        self.ffn_site = Site(config, params, prefix, "ffn")
+        self.attn = BlockAttention(config, params, f"{prefix}.attn", 0)
+        self.moe = MoE(config, params, f"{prefix}.ffn", hash_routed=False)
+
+
+class DSpark:
+    """The head's weights; embedding and head matrix are the trunk's.
+
+    Block size, tapped layers, Markov rank and noise token are those of ``config``. Raises Ds4Error where it has none.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, trunk: Transformer) -> None:
+        size, noise, rank = config.dspark_block_size, config.dspark_noise_token_id, config.dspark_markov_rank
+        if size is None or noise is None or rank is None or not config.dspark_target_layer_ids:
+            raise Ds4Error(
+                "the DSpark draft head needs dspark_block_size, _noise_token_id, _markov_rank and its layers"
+            )
+        m, d, last = config.hc_mult, config.hidden_size, f"mtp.{config.n_mtp_layers - 1}"
+        self.config = config
+        self.trunk = trunk
+        self.block_size, self.noise = size, noise
+        self.layers = tuple(sorted(set(config.dspark_target_layer_ids)))
+        # Taps come in the order of the layers, the matrix's columns in the order of the setting.
+        self._order = [self.layers.index(i) for i in config.dspark_target_layer_ids]
+        self.main_proj = params.expect("mtp.0.main_proj.weight", (d, len(self._order) * d))
+        self.main_norm = small(params, "mtp.0.main_norm.weight", (d,))
+        self.stages = [Stage(config, params, f"mtp.{i}") for i in range(config.n_mtp_layers)]
+        self.norm = small(params, f"{last}.norm.weight", (d,))
+        self.hc_fn = small(params, f"{last}.hc_head_fn", (m, m * d))
+        self.hc_scale = small(params, f"{last}.hc_head_scale", (1,))
+        self.hc_base = small(params, f"{last}.hc_head_base", (m,))
+        self.markov_w1 = params.expect(f"{last}.markov_head.markov_w1.weight", (config.vocab_size, rank))
+        self.markov_w2 = params.expect(f"{last}.markov_head.markov_w2.weight", (config.vocab_size, rank))
+        self.confidence = small(params, f"{last}.confidence_head.proj.weight", (1, d + rank))[0]
+
+    def taps(self, streams: Sequence[Tensor]) -> Tensor:
+        """f32 ``[n, taps * d]`` from the output streams f32 ``[n, m, d]`` of each of ``layers``: means over streams."""
+        means = [self.trunk.numerics.rd(s.mean(1)) for s in streams]
+        return torch.cat([means[i] for i in self._order], dim=1)
+
+    def fill(self, launch: Launch, taps: Tensor, caches: Sequence[LayerCache]) -> None:
+        """Store the context rows of a launch in every stage's ring, from f32 ``[n_rows, taps * d]``."""
+        n = self.trunk.numerics
+        ctx = make_context(self.config, self.trunk.rope, n, launch, torch.zeros(launch.n_rows, dtype=torch.int64))
+        x = n.rd(rms_norm(proj(taps, self.main_proj, n, ctx.rows), self.main_norm, self.config.rms_norm_eps))
+        for stage, cache in zip(self.stages, caches, strict=True):
+            publish_rows(stage.attn, proj(x, stage.attn.wkv, n, ctx.rows), ctx, cache)
+
+    def block(self, token: int, position: int, caches: Sequence[LayerCache]) -> list[Tensor]:
+        """Output streams f32 ``[b, m, d]`` of each stage for ``token`` behind a context of ``position`` tokens."""
+        b = self.block_size
+        launch = Launch(True, position, b, b, tuple(range(b)), torch.arange(position, position + b))
+        ids = torch.tensor([token] + [self.noise] * (b - 1))
+        ctx = make_context(self.config, self.trunk.rope, self.trunk.numerics, launch, ids)
+        r = Residual(embedding_rows(self.trunk.embed, ids).unsqueeze(1).repeat(1, self.config.hc_mult, 1))
+        outs = []
+        for stage, cache in zip(self.stages, caches, strict=True):
+            r = Residual(stage(r, ctx, cache).resolve(ctx))
+            outs.append(r.streams)
+        return outs
+
+    def collapse(self, streams: Tensor) -> Tensor:
+        """Hidden states f32 ``[n, d]`` of the last stage's streams f32 ``[n, m, d]``."""
+        c, n = self.config, self.trunk.numerics
+        w = (self.hc_fn, self.hc_scale, self.hc_base)
+        return hc_head(streams, *w, hc_eps=c.hc_eps, norm_eps=c.rms_norm_eps, numerics=n)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """f32 ``[n, d]`` -> f32 ``[n, vocab]``, without what depends on the tokens drafted before."""
+        eps, rows = self.config.rms_norm_eps, tuple(range(hidden.shape[0]))
+        w = self.trunk.head_weight
+        return head(hidden, self.norm, w, norm_eps=eps, numerics=self.trunk.numerics, rows=rows)
+
+    def markov(self, token: int) -> Tensor:
+        """Row f32 ``[rank]`` of the token drafted before, for :meth:`bias` and :meth:`confident`."""
+        return embedding_rows(self.markov_w1, torch.tensor([token]))[0]
+
+    def bias(self, markov: Tensor) -> Tensor:
+        """What the token before adds to the logits, f32 ``[vocab]``."""
+        return matmul_rows(markov[None], self.markov_w2, (0,))[0]
+
+    def confident(self, hidden: Tensor, markov: Tensor) -> float:
+        """Confidence, a raw logit, from the collapsed hidden state f32 ``[d]``, which is not normed."""
+        return float(self.confidence @ torch.cat((hidden, markov)))
+
+
+class DSparkDrafter:
+    """Block drafts of one session (a :class:`ds4.mtp.drafter.Drafter`)."""
+
+    def __init__(self, dspark: DSpark) -> None:
+        c = dspark.config
+        self.dspark = dspark
+        self.layers = dspark.layers
+        self.max_tokens = min(dspark.block_size, MAX_DRAFT - 1)
+        self.caches = [stage_cache(c, dspark.trunk.formats()) for _ in dspark.stages]
+        self._tail = Tail((len(self.layers) * c.hidden_size,), 0, self._write)
+
+    @property
+    def position(self) -> int:
+        return self._tail.position
+
+    def _write(self, launch: Launch, taps: Tensor, _ids: Tensor) -> None:
+        self.dspark.fill(launch, taps, self.caches)
+
+    def observe(self, launch: Launch, ids: Tensor, streams: Sequence[Tensor]) -> None:
+        self._tail.observe(launch, ids, self.dspark.taps(streams))
+
+    def rewind(self, position: int) -> None:
+        self._tail.rewind(position)
+
+    @torch.inference_mode()
+    def draft(self, history: Sequence[int], k: int, sampler: Sampler) -> Draft:
+        check_history(history, self.position)
+        k = min(k, self.max_tokens)
+        if k < 1:
+            return Draft()
+        self._tail.fill()
+        head, token = self.dspark, int(history[-1])
+        hidden = head.collapse(head.block(token, self.position, self.caches)[-1])[:k]
+        chooser, confidence = Chooser(sampler, history), []
+        for c, logits in zip(hidden, head.logits(hidden), strict=True):
+            markov = head.markov(token)
+            confidence.append(head.confident(c, markov))
+            token = chooser.choose(logits + head.bias(markov))
+        return Draft(chooser.tokens, chooser.probs, confidence)

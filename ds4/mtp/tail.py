@@ -1,0 +1,106 @@
+"""Tail: what a draft head was shown last, and how far it has written its own caches from that.
+
+A head's context rows need the trunk's streams, which exist only while the trunk runs. In the decode form these are
+kept for a few positions, and rows are written when a draft is wanted: by then it is known which tokens were accepted,
+and rejected ones cost nothing. Prompt tiles are written at once, in the prefill form, so that rows do not depend on how
+a prompt was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ds4.kernels.launch import DECODE_ROWS, Launch
+from ds4.kv.ring import ring_read, ring_write
+from ds4.kv.spec import MAX_DRAFT
+
+SLOTS = DECODE_ROWS + MAX_DRAFT + 1
+"""Positions kept: those not written yet, a decode step on top, and the one that the oldest of them leans on."""
+
+Write = Callable[[Launch, Tensor, Tensor], None]
+"""Writes the context rows of a launch, given f32 ``[n_rows, ...]`` and tokens i64 ``[n_rows]`` in its layout."""
+
+
+class Tail:
+    """Streams and tokens of the last positions.
+
+    position  number of tokens observed
+    written   context rows of positions 0 .. written - 1 are as if nothing had ever been undone
+    ahead     1 where a row also needs the token of the next position (MTP), 0 where it does not (DSpark)
+    """
+
+    def __init__(self, shape: tuple[int, ...], ahead: int, write: Write) -> None:
+        self.position = 0
+        self.written = 0
+        self._ahead = ahead
+        self._write = write
+        self._streams = torch.zeros(SLOTS, *shape)
+        self._ids = torch.zeros(SLOTS, dtype=torch.int64)
+        self._claimed = -1  # the token that row position - 1 was written with before the token itself was observed
+
+    def at(self, position: int) -> Tensor:
+        """Streams f32 ``shape`` of one of the last positions."""
+        return self._streams[position % SLOTS]
+
+    def claim(self, token: int) -> None:
+        """The head itself has written row ``position - 1``, taking ``token`` for the next one."""
+        self.written, self._claimed = self.position, token
+
+    def observe(self, launch: Launch, ids: Tensor, streams: Tensor) -> None:
+        """A launch of the trunk: tokens i64 ``[n_rows]``, streams f32 ``[n_rows, *shape]`` in its layout."""
+        start = launch.start
+        if start != self.position:
+            raise ValueError(f"tokens from position {start} do not continue at {self.position}")
+        if self._ahead and self.written == start and start and int(ids[launch.rows[0]]) != self._claimed:
+            self.written = start - 1
+        if not launch.decode:
+            self.fill()
+            self._write_tile(launch, ids, streams)
+        elif start - self._ahead - self.written > MAX_DRAFT - 1:
+            self.fill()
+        ring_write(self._streams, start, launch.take(streams))
+        ring_write(self._ids, start, launch.take(ids))
+        self.position = launch.end
+
+    def fill(self) -> None:
+        """Write all rows that can be written, in the decode form."""
+        end = self.position - self._ahead
+        while self.written < end:
+            launch = Launch.decode_step(self.written, min(DECODE_ROWS, end - self.written))
+            first, last = launch.start, launch.end
+            rows = list(launch.rows)
+            streams = self._streams.new_zeros(launch.n_rows, *self._streams.shape[1:])
+            streams[rows] = ring_read(self._streams, first, last)
+            ids = self._ids.new_zeros(launch.n_rows)
+            ids[rows] = ring_read(self._ids, first + self._ahead, last + self._ahead)
+            self._write(launch, streams, ids)
+            self.written = last
+
+    def _write_tile(self, launch: Launch, ids: Tensor, streams: Tensor) -> None:
+        """Rows of a prompt tile, and the one in front of it where it had to wait for the tile's first token."""
+        first, last = launch.start, launch.end - self._ahead
+        next_ids = ids.roll(-self._ahead)
+        if self.written < first:
+            before = Launch.prefill_tile(first - 1, 1, launch.n_rows)
+            row = before.rows[0]
+            if launch.rows[0]:
+                streams = streams.clone()
+                streams[row] = self.at(first - 1)
+                first -= 1
+            else:
+                alone = torch.zeros_like(streams)
+                alone[row] = self.at(first - 1)
+                self._write(before, alone, next_ids)  # rolled: the last row has the tile's first token
+        if last > first:
+            self._write(Launch.prefill_tile(first, last - first, launch.n_rows), streams, next_ids)
+        self.written = last
+
+    def rewind(self, position: int) -> None:
+        """Only the first ``position`` tokens count. Raises ValueError for more than there are."""
+        if not 0 <= position <= self.position:
+            raise ValueError(f"cannot go from position {self.position} to {position}")
+        self.position = position
+        self.written = min(self.written, max(0, position - self._ahead))
