@@ -6,18 +6,20 @@ import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from ds4.cli_bench import plan
 from ds4.demo import bundled_model_path
 from ds4.kernels.packing import packing_of
 from ds4.model.steps import DecodeStep
 from ds4.profiling import tables
-from ds4.profiling.dispatch import dispatch_record, planned
+from ds4.profiling.dispatch import dispatch_record, kernels_of, planned
 from ds4.profiling.plan import StepPlan, in_order, plan_record, plan_step
 from ds4.profiling.shapes import shape_model
-from ds4.profiling.traffic import expected_distinct
+from ds4.profiling.traffic import Where, expected_distinct, part_traffic
 from ds4.weights import open_checkpoint
 from ds4.weights.describe import describe
 
@@ -144,6 +146,35 @@ def test_published_bytes_of_a_long_window(demo):
     assert at[127] - at[126] == 128 * 2 * 4 * 512 + ROW
 
 
+def test_activations(demo):
+    """Results once written and, where a later operation takes them, once read; no workspaces."""
+    config, n = demo.checkpoint.config, 2
+    found = {(p.operation, p.layer): p.traffic.activations for p in plan_at(demo, n, 1000).parts}
+    heads, width = config.num_attention_heads, config.head_dim
+    cis, selected = 4 * n * config.qk_rope_head_dim, 4 * n * config.index_topk
+    assert found["attn_decode", 1] == 4 * n * 2 * heads * width + cis + selected  # q and o
+    chosen = 2 * 4 * n * config.num_experts_per_tok  # ids and weights
+    assert found["route", 1] == 4 * n * config.hidden_size + chosen
+    mid = 4 * n * (config.num_experts_per_tok + 1) * config.moe_intermediate_size
+    assert found["moe_up", 1] == 4 * n * config.hidden_size + chosen + mid
+    scores = 4 * n * (1002 // 4)  # as many as there are keys, not as the cache has room for
+    assert found["index_topk", 1] == scores + selected
+
+
+def test_a_weight_that_two_operations_read_counts_twice():
+    def part(given: torch.Tensor, made: torch.Tensor) -> Any:
+        operation = SimpleNamespace(name="toy", outputs=lambda inputs: {"y": made}, workspaces=())
+        call = SimpleNamespace(args=SimpleNamespace(tensors=(given, made)))
+        return SimpleNamespace(operation=operation, layer=None, inputs={"w": given, "scale": 1.0}, calls=[call])
+
+    weight, first, second, third = (torch.empty(n, device="meta") for n in (10, 1, 2, 3))
+    parts = [part(weight, first), part(weight[:5], second), part(first, third)]
+    model: Any = SimpleNamespace(config=SimpleNamespace(num_experts_per_tok=1))
+    cache: Any = SimpleNamespace(layers=[])
+    found = list(part_traffic(model, cache, parts, Where(1, 0)))
+    assert [(one.fixed, one.activations) for one in found] == [(40, 4), (20, 8), (0, 4 + 12)]
+
+
 def test_positions_outside_the_cache(demo):
     assert plan_at(demo, 8, 4088).position == 4088
     with pytest.raises(ValueError, match="tokens 4089 to 4096 do not fit a context of 4096"):
@@ -203,3 +234,32 @@ def test_planned_dispatch(demo):
     for row in shared:
         assert kernels[row["operation"]] == {"1": "shared", "2": "shared"}
     assert "n_tok = 2: always kernels that no other n_tok hits:" in text
+
+
+def served(operation: str, entry: str, constants: str, **launches: int) -> dict[str, Any]:
+    by_n_tok = {n.removeprefix("n"): count for n, count in launches.items()}
+    return {"operation": operation, "entry": entry, "file": "x.cu", "constants": constants, "launches": by_n_tok}
+
+
+def test_kernels_that_only_some_launches_share():
+    rows = [served("a", "k", "N_TOK=1", n1=5), served("a", "all", "", n1=5, n2=2), served("a", "k", "N_TOK=2", n2=2)]
+    rows += [served("b", "one", "", n1=7)]
+    assert kernels_of("a", rows, ["1", "2"]) == {"1": "shared", "2": "shared"}
+    assert kernels_of("a", rows[::2], ["1", "2"]) == {"1": "own", "2": "own"}
+    assert kernels_of("b", rows, ["1", "2"]) == {"1": "own"}
+
+
+def test_kernels_are_told_apart_by_what_differs():
+    rows = [
+        served("a", "attend", "HEADS=64 RATIO=0", n1=2),
+        served("a", "attend", "HEADS=64 RATIO=4", n1=3, n2=1),
+        served("a", "merge", "HEADS=64 N_TOK=1 W_FORMAT=q8_0", n1=4),
+    ]
+    operations = [{"operation": "a", "kernels": {"1": "shared", "2": "shared"}}]
+    text = tables.dispatch_text({"steps": {"1": 1, "2": 1}, "rows": rows, "operations": operations})
+    assert [line.split() for line in text.splitlines()[3:7]] == [
+        ["a"],
+        ["attend", "RATIO=0", "2", "never"],
+        ["attend", "RATIO=4", "3", "1"],
+        ["merge", "N_TOK=1", "W_FORMAT=q8_0", "4", "never"],
+    ]

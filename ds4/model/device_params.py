@@ -45,6 +45,7 @@ class DeviceParams:
     def expect(self, name: str, shape: tuple[int, ...]) -> PlaneMatrix | PackedTensor:
         """The weight on the device; packed matrices are new at every call, so each is asked for once."""
         tensor = self.stored(name, shape)
+        found: PlaneMatrix | PackedTensor
         expert = _EXPERT.fullmatch(name)
         if expert is not None:
             found = self._expert(tensor, expert["layer"], int(expert["index"]), expert["matrix"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds4.config import ModelConfig
-from ds4.kernels.cases import Outputs
+from ds4.kernels.cases import Inputs, Outputs
 from ds4.kernels.embed.op import EMBED
 from ds4.kernels.embed.op import FORMATS as EMBED_FORMATS
 from ds4.kernels.head import hc_head, head
@@ -135,7 +135,7 @@ class Transformer:
         for s.layer, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
             r = block.step(r, s, layer)
         s.layer = None
-        end = {"y": r.y, "streams": r.streams, "prev_post": r.post, "prev_comb": r.comb, "fn": self.hc_fn}
+        end: Inputs = {"y": r.y, "streams": r.streams, "prev_post": r.post, "prev_comb": r.comb, "fn": self.hc_fn}
         end |= {"scale": self.hc_scale, "base": self.hc_base, "norm": self.norm}
         end |= {"hc_eps": self.config.hc_eps, "norm_eps": self.config.rms_norm_eps}
         x = s.add(HC_HEAD, end)["x"]

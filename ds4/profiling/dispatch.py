@@ -60,12 +60,12 @@ def dispatch_record(steps: Mapping[int, DecodeStep], mix: Mapping[int, int], cou
         "schema": SCHEMA,
         "steps": {str(n_tok): times for n_tok, times in mix.items()},
         "rows": rows,
-        "operations": [{"operation": name, "kernels": _kernels(name, rows, [str(n) for n in mix])} for name in order],
+        "operations": [{"operation": name, "kernels": kernels_of(name, rows, [str(n) for n in mix])} for name in order],
     }
 
 
-def _kernels(name: str, rows: Sequence[Mapping[str, Any]], n_toks: Sequence[str]) -> dict[str, str]:
-    """ "own" or "shared" for each n_tok that launches the operation."""
+def kernels_of(name: str, rows: Sequence[Mapping[str, Any]], n_toks: Sequence[str]) -> dict[str, str]:
+    """Of each n_tok that launches the operation, whether only it launches these kernels ("own") or not ("shared")."""
     users = [set(row["launches"]) for row in rows if row["operation"] == name]
     return {
         n: "own" if all(used == {n} for used in users if n in used) else "shared"

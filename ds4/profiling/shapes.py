@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ds4.kernels.numerics import DEFAULT_GROUP, GROUPS
 from ds4.kernels.packing import PlaneMatrix, Planes
-from ds4.kv.cache import KVCache
 from ds4.model.device_params import DeviceParams
 from ds4.model.transformer import Transformer
 from ds4.weights.checkpoint import Checkpoint
@@ -58,8 +57,3 @@ def shape_model(checkpoint: Checkpoint) -> Transformer:
         if block.moe.tid2eid is not None:
             block.moe.tid2eid = block.moe.tid2eid.to(META)
     return model
-
-
-def shape_cache(model: Transformer, ctx: int) -> KVCache:
-    """The state of ``ctx`` tokens on torch's meta device."""
-    return model.new_cache(ctx)
