@@ -1,15 +1,13 @@
-"""The cache writers' kernels over launches: every split of the tokens, rejected drafts, whole texts, unit goldens."""
+"""The cache writers' kernels over launches: every split of the tokens, rejected drafts, whole texts."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cuemu.backend import CpuBackend, missing
 from torch import Tensor
-from unit_data import assert_close, load_unit, seeded
+from unit_data import seeded
 
 from ds4.kernels.cases import Inputs, Outputs
 from ds4.kernels.kv_publish import pool_csa, pool_hca
@@ -19,13 +17,11 @@ from ds4.kernels.kv_publish.ref import finish_entry, pack_key, pack_row, ring_ro
 from ds4.kernels.numerics import GROUPS
 from ds4.kernels.registry import run, run_kernels
 from ds4.kernels.verify import copy_to, take_tokens
-from ds4.kv.rows import PackedKey, PackedRow
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 CPU = torch.device("cpu")
 OPERATIONS = {"swa": KV_PUBLISH_SWA, "hca": KV_PUBLISH_HCA, "csa": KV_PUBLISH_CSA}
-ROW, KEY = PackedRow(448, 64), PackedKey(128)
 STARTS = (0, 2, 3, *range(124, 132), 255, 1000, 4095)
 
 
@@ -101,6 +97,23 @@ def test_a_ring_of_the_window_is_too_short_for_8_tokens() -> None:
     assert lost_rows(136, 1000) == []
 
 
+@pytest.mark.parametrize(("kind", "pos"), [("csa", 7), ("hca", 255)])
+def test_nothing_is_written_beyond_the_room(kind: str, pos: int) -> None:
+    """Entry 1 is closed; there is a row for entry 0 alone, and other data behind it."""
+    inputs = random_inputs(0, CPU, kind=kind, n_tok=1, pos=pos, n_entries=1)
+    behind = {}
+    for name in ("pool", "keys"):
+        if name in inputs:
+            behind[name] = torch.cat((inputs[name], torch.full((3, inputs[name].shape[1]), 0xA5, dtype=torch.uint8)))
+            inputs[name] = behind[name][:1]
+    before = copy_to(behind, CPU)
+    publish(kind, inputs, 0, 1)
+    assert_same(behind, before)
+    with_room = inputs | behind
+    publish(kind, with_room, 0, 1)
+    assert all((with_room[name][1] != before[name][1]).any() for name in behind)
+
+
 # ---------------------------------------------------------------- a whole text
 
 
@@ -153,125 +166,6 @@ def test_text_in_launches_is_the_text_at_once(kind: str, ratio: int, n: int) -> 
     rows = ring_row(inputs["kv"], inputs["kv_norm"], torch.view_as_complex(inputs["cis"]), inputs["eps"])
     last = torch.arange(n - 136, n)
     assert_stored(inputs["ring"][last % 136], pack_row(rows[last]))
-
-
-# ---------------------------------------------------------------- goldens and formats
-
-
-def unturned(n: int) -> Tensor:
-    """cis that turns nothing."""
-    return torch.tensor([1.0, 0.0]).repeat(n, 32, 1)
-
-
-def rows_as_they_are(rows: Tensor, cis: Tensor) -> Tensor:
-    """Rows f32 [n, 512] as the ring stores them without norm: with eps 1 and tiny values the norm divides by 1."""
-    stored = []
-    for first in range(0, len(rows), 8):
-        part = slice(first, first + 8)
-        inputs = random_inputs(0, CPU, kind="swa", n_tok=len(rows[part]), pos=0)
-        inputs |= {"kv": rows[part] * 2.0**-20, "kv_norm": torch.full((512,), 2.0**20), "eps": 1.0}
-        inputs["cis"] = cis[part].contiguous()
-        publish("swa", inputs, 0, len(rows[part]))
-        stored.append(ROW.unpack(inputs["ring"][: len(rows[part])]))
-    return torch.cat(stored)
-
-
-def test_golden_act_quant(golden: Path) -> None:
-    """Bit for bit, and with the sign of the values turned."""
-    g = load_unit(golden, "act_quant")
-    for sign in (1, -1):
-        got = rows_as_they_are(sign * g["x"], unturned(len(g["x"])))
-        assert_close(got[:, :448], sign * g["y_ref"][:, :448], 0)
-
-
-def test_golden_rope(golden: Path) -> None:
-    """Bit for bit after rounding to bf16, in which rows keep what is turned."""
-    g = load_unit(golden, "rope")
-    rows = torch.cat((seeded(32, 448), g["x"]), dim=1)
-    for sign, want in ((1, g["y_fwd"]), (-1, g["y_inv"])):
-        got = rows_as_they_are(rows, torch.stack((g["cos"], sign * g["sin"]), dim=2))
-        assert_close(got[:, 448:], want.bfloat16().float(), 0)
-
-
-def test_golden_hadamard(golden: Path) -> None:
-    """Through a key: the last token of a window gets all weight, and FP4 rounds what the rotation gives."""
-    g = load_unit(golden, "hadamard")
-    for x, want in zip(g["x"].split(2), g["y"].split(2), strict=True):
-        inputs = random_inputs(0, CPU, kind="csa", n_tok=8, pos=0)
-        inputs |= {"idx_norm": torch.full((128,), 2.0**20), "eps": 1.0, "entry_cis": unturned(8)}
-        inputs["idx_kv"][3::4, 128:] = x * 2.0**-20
-        inputs["idx_gate"][3::4, 128:] = 1e4
-        publish("csa", inputs, 0, 8)
-        assert torch.equal(inputs["keys"], KEY.pack(want))
-
-
-def compressor_inputs(kind: str, prefix: str, g: dict[str, Tensor], raw: tuple[Tensor, Tensor], at: int) -> Inputs:
-    """8 tokens whose raw rows are the golden's (kv, gate), in columns ``at ..`` of each series, zeros elsewhere."""
-    inputs = random_inputs(0, CPU, kind=kind, n_tok=8, pos=0, ratio=4)
-    series = 2 if kind == "csa" else 1
-    ape = {"comp": "ape", "idx": "idx_ape"}[prefix]
-    for name, value in ((f"{prefix}_kv", raw[0]), (f"{prefix}_gate", raw[1]), (ape, g["ape"])):
-        width = value.shape[1] // series
-        inputs[name] = torch.zeros(len(value), inputs[name].shape[1])
-        inputs[name].unflatten(1, (series, -1))[:, :, at : at + width] = value.unflatten(1, (series, -1))
-    return inputs
-
-
-def pooled_by_kernel(kind: str, g: dict[str, Tensor], raw: tuple[Tensor, Tensor]) -> Tensor:
-    """Two entries f32 [2, 64] of at most 64 channels, in bf16 and divided by the root of their mean square over 512."""
-    inputs = compressor_inputs(kind, "comp", g, raw, 448)
-    inputs |= {"comp_norm": torch.ones(512), "eps": 0.0, "entry_cis": unturned(8)}
-    publish(kind, inputs, 0, 8)
-    return ROW.unpack(inputs["pool"])[:, 448:]
-
-
-def test_golden_pooling(golden: Path) -> None:
-    """Both forms, at the precision of bf16."""
-    g = load_unit(golden, "compressor_overlap")
-    got = pooled_by_kernel("csa", g, (g["kv"], g["score"]))
-    assert_close(got, g["pooled"] * (g["pooled"].square().sum(1, keepdim=True) / 512).rsqrt(), 2**-8)
-    with pytest.raises(AssertionError):
-        assert_close(got, pooled_by_kernel("csa", g, (g["kv"], g["score"].roll(1, 0))), 2**-8)
-    g = load_unit(golden, "compressor")
-    for half in (slice(0, 64), slice(64, 128)):
-        part = {"ape": g["ape"][:, half]}
-        got = pooled_by_kernel("hca", part, ((g["x"] @ g["wkv"].T)[:, half], (g["x"] @ g["wgate"].T)[:, half]))
-        want = g["pooled"][:, half]
-        assert_close(got, want * (want.square().sum(1, keepdim=True) / 512).rsqrt(), 2**-8)
-
-
-def golden_cis(g: dict[str, Tensor]) -> Tensor:
-    """f32 [8, 32, 2]: the golden's angles of two entries, at the tokens that close them."""
-    cis = torch.zeros(8, 32, 2)
-    cis[3::4] = torch.stack((g["cos"], g["sin"]), dim=2)
-    return cis
-
-
-def test_golden_whole_key(golden: Path) -> None:
-    """The golden's key compressor is the kernel's: bit for bit."""
-    g = load_unit(golden, "compressor_full_rotate")
-    inputs = compressor_inputs("csa", "idx", g, (g["x"] @ g["wkv"].T, g["x"] @ g["wgate"].T), 0)
-    inputs |= {"idx_norm": g["norm_w"], "entry_cis": golden_cis(g)}
-    publish("csa", inputs, 0, 8)
-    assert_close(KEY.unpack(inputs["keys"]), g["out"], 0)
-
-
-def test_golden_whole_row(golden: Path) -> None:
-    """The golden's rows are a quarter as wide: the last columns of ours, with the norm's mean and eps to match."""
-    g = load_unit(golden, "compressor_full")
-    inputs = compressor_inputs("csa", "comp", g, (g["x"] @ g["wkv"].T, g["x"] @ g["wgate"].T), 384)
-    inputs |= {"comp_norm": F.pad(g["norm_w"] / 2, (384, 0)), "entry_cis": golden_cis(g), "eps": 1e-6 / 4}
-    publish("csa", inputs, 0, 8)
-    got = ROW.unpack(inputs["pool"])
-    assert_close(got[:, 384:448], g["out"][:, :64], 0)
-    assert_close(got[:, 448:], g["out"][:, 64:], 2**-8)
-    assert not got[:, :384].any()
-
-
-def test_packing_is_the_caches() -> None:
-    x = torch.cat((seeded(64, 512), torch.zeros(1, 512), seeded(2, 512, seed=1) * 1e-9, seeded(2, 512, seed=2) * 1e9))
-    assert torch.equal(pack_row(x), ROW.pack(x))
-    assert torch.equal(pack_key(x.view(-1, 128)), KEY.pack(x.view(-1, 128)))
 
 
 # ---------------------------------------------------------------- the operations

@@ -174,7 +174,13 @@ def case_of(operation: Operation, name: str) -> Case:
         # only the first of the tokens with an expert is served
         (MOE_UP, "all experts common", "members.cuh", "return __popc(tokens);", "return 1;"),
         # a token's first rank with the expert, whichever is meant
-        (MOE_UP, "an expert twice", "members.cuh", "if (seen == earlier) rank = i;", "if (rank < 0) rank = i;"),
+        (
+            MOE_UP,
+            "an expert twice",
+            "members.cuh",
+            "if (same && seen == earlier) rank = i;",
+            "if (same && rank < 0) rank = i;",
+        ),
         # the neighbour's routing weight, its results, its activations
         (MOE_UP, "all experts common", "moe_up.cu", "weights[to / kSlots * TOP_K + to % kSlots]", "weights[0]"),
         (MOE_DOWN, "all experts common", "members.cuh", "lane * kSlots + rank;", "lane * kSlots;"),
@@ -260,7 +266,7 @@ def test_cpu_tensors_go_through_the_reference() -> None:
         torch.tensor([[0, 2], [2, 1]], dtype=torch.int32),
         torch.rand(2, 2, generator=rng),
     )
-    mid = moe_up(x, ids, weights, **{name: planes[name] for name in ("w1", "w3", "sw1", "sw3")}, limit=7.0)
+    mid = moe_up(x, ids, weights, limit=7.0, w1=planes["w1"], w3=planes["w3"], sw1=planes["sw1"], sw3=planes["sw3"])
     y = moe_down(mid, ids, w2=planes["w2"], sw2=planes["sw2"])
 
     def rows(name: str, e: int) -> Tensor:

@@ -8,12 +8,13 @@
 //   kScaled             whether sub-blocks have scales; else weights are what decode gives, and kSub says nothing
 //   kPatterns           whether decode uses the table of IQ2_XXS (iq2_weights.cuh)
 //   kShifted            decode gives v, and a weight is scale * (v - 1) - minimum; else it is scale * v
-//   load(row, chunk)    of rows of kCols weights
+//   load(row, chunk)    of rows of kCols weights, by lane chunk % 32
 //   column(chunk)       of its first weight; offset(unit) is the distance of a unit from there. A multiple of 4 each, and
 //                       the binary digits of the two are apart
 //   decode(raw, unit)   kUnit weights; exact, as are scale(raw, s) and minimum(raw, s)
-//   kFewTokens, kManyTokens   blocks of 256 threads of a multiprocessor that leave each as many registers as it takes to
-//                       multiply two rows by 1 or 2, by up to 8 tokens
+//   kTokens             the most tokens of a pass, 2 or 4: with more of them, registers would spill
+//   kFewTokens, kManyTokens   blocks of 256 threads of a multiprocessor that leave each as many registers as two rows times
+//                       1 or 2 tokens take, or up to kTokens
 //   codes(row)          where the row's largest plane begins, kCodeBytes a row: for prefetching
 //
 // All are built from four plane pointers and that table, which the others ignore.
@@ -49,7 +50,7 @@ template <class T, int kCols>
 struct FloatWeights {
   static constexpr int kCount = PlainWeights<T>::kCount, kUnit = 4, kSub = kCount;
   static constexpr bool kScaled = false, kShifted = false, kPatterns = false;
-  static constexpr int kFewTokens = 4, kManyTokens = 2;
+  static constexpr int kTokens = 4, kFewTokens = 4, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols * static_cast<int>(sizeof(T)));
   static_assert(kCols % kCount == 0, "rows are whole chunks");
   struct Raw {
@@ -83,7 +84,7 @@ template <int kCols>
 struct Q8Weights {
   static constexpr int kCount = 16, kUnit = 4, kSub = 16;
   static constexpr bool kScaled = true, kShifted = false, kPatterns = false;
-  static constexpr int kFewTokens = 4, kManyTokens = 2;
+  static constexpr int kTokens = 4, kFewTokens = 4, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols), kScaleBytes = padded_row(kCols / 16);
   static_assert(kCols % 32 == 0, "rows are whole blocks");
   struct Raw {
@@ -116,7 +117,7 @@ template <int kCols>
 struct Fp8Weights {
   static constexpr int kCount = 16, kUnit = 4, kSub = 16;
   static constexpr bool kScaled = true, kShifted = false, kPatterns = false;
-  static constexpr int kFewTokens = 4, kManyTokens = 2;
+  static constexpr int kTokens = 4, kFewTokens = 4, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols), kScaleBytes = padded_row((kCols + 127) / 128 * 4);
   static_assert(kCols % 16 == 0, "rows are whole chunks");
   struct Raw {

@@ -54,9 +54,10 @@ __device__ __forceinline__ void e4m3x4_to_f32(unsigned codes, float (&out)[4]) {
   for (int i = 0; i < 4; ++i) out[i] = e4m3_to_f32(codes >> 8 * i & 0xffu);
 }
 
-// Values of four codes of a checkpoint's weights, the first in the lowest bits: as above, but 0x7f and 0xff are NaN. Two
-// codes become two f16 and these FP32, all exactly. Where no instruction does it, the seven bits are put where f16 has its
-// exponent and mantissa, one multiplication mends the bias, and a carry out of 0x7f makes the exponent that of a NaN.
+// Values of four codes of a checkpoint's weights, the first in the lowest bits: as above, but 0x7f and 0xff are NaN.
+// Two codes become two f16 and these FP32, all exactly. Where no instruction does it, the seven bits are put where f16
+// has its exponent and mantissa, one multiplication mends the bias, and a carry out of 0x7f makes the exponent that of
+// a NaN.
 __device__ __forceinline__ void e4m3x4_weights(unsigned codes, float (&out)[4]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {

@@ -27,7 +27,7 @@ template <int kCols>
 struct Nvfp4Weights {
   static constexpr int kCount = 32, kUnit = 8, kSub = 16;
   static constexpr bool kScaled = true, kShifted = false, kPatterns = false;
-  static constexpr int kFewTokens = 4, kManyTokens = 2;
+  static constexpr int kTokens = 4, kFewTokens = 4, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols / 2), kScaleBytes = padded_row(kCols / 16);
   static_assert(kCols % 32 == 0, "rows are whole chunks");
   struct Raw {
@@ -59,7 +59,7 @@ template <int kCols>
 struct Mxfp4Weights {
   static constexpr int kCount = 32, kUnit = 8, kSub = 32;
   static constexpr bool kScaled = true, kShifted = false, kPatterns = false;
-  static constexpr int kFewTokens = 4, kManyTokens = 2;
+  static constexpr int kTokens = 4, kFewTokens = 4, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols / 2), kScaleBytes = padded_row(kCols / 32);
   static_assert(kCols % 32 == 0, "rows are whole blocks");
   struct Raw {

@@ -2,12 +2,12 @@
 //
 //   acc[r][t] = sum over k of W[first + r][k] * x[t][k],   W dequantised exactly to FP32, x FP32
 //
-// One warp owns kRows neighbouring rows. Lane l takes the 16-byte chunks l, l + 32, l + 64, ... of each row, so that a warp
-// reads 512 contiguous bytes; kFlight chunks of all kRows rows are loaded before the first is used. A weight is decoded
-// once for all kTok tokens, an activation read once for all kRows rows.
+// One warp owns kRows neighbouring rows. Lane l takes the 16-byte chunks l, l + 32, l + 64, ... of each row, so that a
+// warp reads 512 contiguous bytes; kFlight chunks of all kRows rows are loaded before the first is used. A weight is
+// decoded once for all kTok tokens, an activation read once for all kRows rows.
 //
-// Order: a lane adds its chunks by rising index and within a chunk by rising k, fmaf throughout; lanes by the butterfly of
-// reduce.cuh. It depends on the format and on kCols alone: not on kRows, kTok, kFlight or the grid.
+// Order: a lane adds its chunks by rising index and within a chunk by rising k, fmaf throughout; lanes by the butterfly
+// of reduce.cuh. It depends on the format and on kCols alone: not on kRows, kTok, kFlight or the grid.
 #pragma once
 
 #include "matrix.cuh"
@@ -19,14 +19,16 @@ __device__ __forceinline__ uint4 next_quad(uint4 v) {
   return kQuads == 4 ? make_uint4(v.y, v.z, v.w, 0u) : make_uint4(v.z, v.w, 0u, 0u);
 }
 
-// What a warp has in flight: chunks base, base + 32, ... of kRows rows, base being the lane and a multiple of 32 kFlight.
+// What a warp has in flight: chunks base, base + 32, ... of kRows rows, base being the lane and a multiple of 32
+// kFlight.
 template <int kCols, int kRows, int kFlight, class Matrix>
 struct RowChunks {
   static constexpr int kChunks = kCols / Matrix::kCount;
   uint4 raw[kFlight][kRows];
   typename Matrix::Scale scale[kFlight][kRows];
 
-  // Rows first .. first + kRows - 1; a row from n_rows on repeats the last one. kAligned: `first` is a multiple of kRows.
+  // Rows first .. first + kRows - 1; a row from n_rows on repeats the last one. kAligned: `first` is a multiple of
+  // kRows.
   template <bool kAligned>
   __device__ __forceinline__ void load(const Matrix& matrix, int first, int n_rows, int base) {
     constexpr bool kOneScale = kAligned && Matrix::kScaleRows % kRows == 0;
@@ -86,8 +88,8 @@ __device__ __forceinline__ void set_zero(float (&acc)[kRows][kTok]) {
 // acc of rows first .. first + kRows - 1, the same in all lanes; a row from n_rows on repeats the last one. x f32
 // [kTok, kCols], on 16 bytes. All 32 lanes of the warp call it with the same rows.
 template <int kCols, int kRows, int kTok, int kFlight, class Matrix>
-__device__ __forceinline__ void gemv_rows(const Matrix& matrix, int first, int n_rows, const float* __restrict__ x, int lane,
-                                          float (&acc)[kRows][kTok]) {
+__device__ __forceinline__ void gemv_rows(const Matrix& matrix, int first, int n_rows, const float* __restrict__ x,
+                                          int lane, float (&acc)[kRows][kTok]) {
   set_zero(acc);
 #pragma unroll 1
   for (int base = lane; base < kCols / Matrix::kCount; base += 32 * kFlight) {
@@ -104,9 +106,9 @@ __device__ __forceinline__ void gemv_rows(const Matrix& matrix, int first, int n
   }
 }
 
-// Sums of v[0] .. v[kCount - 1] over the warp, each bit for bit that of warp_sum; a lane gets one of them, and in `index`
-// which one, or -1 where another lane has the same. At each step of the butterfly a lane goes on with half of the values
-// and leaves the others to its partner: kCount shuffles or a few more, where warp_sum needs 5 kCount.
+// Sums of v[0] .. v[kCount - 1] over the warp, each bit for bit that of warp_sum; a lane gets one of them, and in
+// `index` which one, or -1 where another lane has the same. At each step of the butterfly a lane goes on with half of
+// the values and leaves the others to its partner: kCount shuffles or a few more, where warp_sum needs 5 kCount.
 template <int kCount, int kOffset = 16>
 __device__ __forceinline__ float warp_sums(const float (&v)[kCount], int lane, int& index) {
   static_assert(kCount <= 2 * kOffset, "one value is left at the end");

@@ -7,12 +7,11 @@
 //
 // Magnitudes are 8, 25 and 43, bf16 numbers of two bytes each, so that one byte permutation makes two weights out of six
 // constants. `table`, in shared memory, has its selectors: [pattern] of four 16-bit halves, half i for weights i and i + 4.
-// 17 integer instructions, 9 moves of halves into place and an 8-byte look-up for eight weights.
 template <int kCols>
 struct Iq2Weights {
   static constexpr int kCount = 32, kUnit = 8, kSub = 32;
   static constexpr bool kScaled = true, kShifted = false, kPatterns = true;
-  static constexpr int kFewTokens = 4, kManyTokens = 2;
+  static constexpr int kTokens = 4, kFewTokens = 4, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols / 8), kWordBytes = padded_row(kCols / 8);
   static constexpr int kDBytes = padded_row(kCols / 128);
   static_assert(kCols % 256 == 0, "rows are whole blocks");

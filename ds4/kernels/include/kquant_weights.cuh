@@ -19,7 +19,7 @@ template <int kCols>
 struct Q4KWeights {
   static constexpr int kCount = 32, kUnit = 4, kSub = 16;
   static constexpr bool kScaled = true, kShifted = true, kPatterns = false;
-  static constexpr int kFewTokens = 4, kManyTokens = 2;
+  static constexpr int kTokens = 4, kFewTokens = 3, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols / 2), kScaleBytes = padded_row(kCols / 16);
   static constexpr int kDBytes = padded_row(kCols / 64);
   static_assert(kCols % 256 == 0, "rows are whole blocks");
@@ -60,7 +60,7 @@ template <int kCols>
 struct Q2KWeights {
   static constexpr int kCount = 64, kUnit = 4, kSub = 16;
   static constexpr bool kScaled = true, kShifted = true, kPatterns = false;
-  static constexpr int kFewTokens = 3, kManyTokens = 2;
+  static constexpr int kTokens = 2, kFewTokens = 3, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols / 4), kScaleBytes = padded_row(kCols / 16);
   static constexpr int kDBytes = padded_row(kCols / 64);
   static_assert(kCols % 256 == 0, "rows are whole blocks");
@@ -68,17 +68,17 @@ struct Q2KWeights {
     uint4 codes;
     uint2 scales;  // those of 128 weights; ours are its even or its odd bytes
     unsigned d;
-    int shift;  // of the scales: 0 or 8
   };
   const unsigned char *values, *scales, *d;
+  const int shift;  // of the scales: 8 for odd chunks, which are those of odd lanes
 
   __device__ __forceinline__ Q2KWeights(const PlanePointers& p, const uint2*)
-      : values(p.plane[0]), scales(p.plane[1]), d(p.plane[2]) {}
+      : values(p.plane[0]), scales(p.plane[1]), d(p.plane[2]), shift(static_cast<int>(threadIdx.x) % 2 * 8) {}
   __device__ __forceinline__ const unsigned char* codes(size_t row) const { return values + row * kCodeBytes; }
   __device__ __forceinline__ Raw load(size_t row, int chunk) const {
     return {load_stream16(codes(row) + 16 * chunk),
             reinterpret_cast<const uint2*>(scales + row * kScaleBytes)[chunk / 2],
-            reinterpret_cast<const unsigned*>(d + row * kDBytes)[chunk / 4], chunk % 2 * 8};
+            reinterpret_cast<const unsigned*>(d + row * kDBytes)[chunk / 4]};
   }
   __device__ __forceinline__ static int column(int chunk) { return chunk / 2 * 128 + chunk % 2 * 16; }
   __device__ static constexpr int offset(int unit) { return unit / 4 * 32 + unit % 4 * 4; }
@@ -90,13 +90,13 @@ struct Q2KWeights {
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[i] = byte_above_1(bytes, i);
   }
-  __device__ __forceinline__ static unsigned fields(const Raw& raw, int s) {
-    return (s < 2 ? raw.scales.x : raw.scales.y) >> (raw.shift + s % 2 * 16);
+  __device__ __forceinline__ unsigned fields(const Raw& raw, int s) const {
+    return (s < 2 ? raw.scales.x : raw.scales.y) >> (shift + s % 2 * 16);
   }
-  __device__ __forceinline__ static float scale(const Raw& raw, int s) {
+  __device__ __forceinline__ float scale(const Raw& raw, int s) const {
     return __fmul_rn(__fmul_rn(f16_to_f32(raw.d & 0xffffu), 4.f), small_to_f32(fields(raw, s) & 15u));
   }
-  __device__ __forceinline__ static float minimum(const Raw& raw, int s) {
+  __device__ __forceinline__ float minimum(const Raw& raw, int s) const {
     return __fmul_rn(f16_to_f32(raw.d >> 16), small_to_f32(fields(raw, s) >> 4 & 15u));
   }
 };
@@ -108,7 +108,7 @@ template <int kCols>
 struct Q6KWeights {
   static constexpr int kCount = 32, kUnit = 4, kSub = 16;
   static constexpr bool kScaled = true, kShifted = false, kPatterns = false;
-  static constexpr int kFewTokens = 3, kManyTokens = 1;
+  static constexpr int kTokens = 4, kFewTokens = 2, kManyTokens = 2;
   static constexpr int kCodeBytes = padded_row(kCols / 2), kHighBytes = padded_row(kCols / 4);
   static constexpr int kScaleBytes = padded_row(kCols / 16), kDBytes = padded_row(kCols / 128);
   static_assert(kCols % 256 == 0, "rows are whole blocks");

@@ -1,9 +1,9 @@
 // A weight matrix [rows, kCols] in the planes of ds4/kernels/packing, as gemv.cuh reads it.
 //
-// kCount weights come from one 16-byte load, the chunk, and are decoded exactly to FP32, the first 4 at a time; `Scale` is
-// what else a chunk needs, the same one for kScaleRows rows from a multiple of it on. Loads and decoding are apart, so that
-// many loads can be in flight. Instructions a weight, counted from the source: F32 0, BF16 1, F16 1, Q8_0 3.25, FP8 2.5
-// with the conversion of sm_89 and later and 5.25 without; the decoded weight serves all tokens.
+// kCount weights come from one 16-byte load, the chunk, and are decoded exactly to FP32, the first 4 at a time; `Scale`
+// is what else a chunk needs, the same one for kScaleRows rows from a multiple of it on. Loads and decoding are apart,
+// so that many loads can be in flight. Instructions a weight, counted from the source: F32 0, BF16 1, F16 1, Q8_0 3.25,
+// FP8 2.75 with the conversion of sm_89 and later and 5.25 without; the decoded weight serves all tokens.
 #pragma once
 
 #include "plain_weights.cuh"

@@ -87,12 +87,15 @@ def random_inputs(
     def codes(*shape: int) -> Tensor:
         return torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
 
+    def gain(n: int) -> Tensor:  # not near zero, where no draw would be far from a boundary of bf16
+        return normal(n).sign() * (0.5 + torch.rand(n, generator=rng))
+
     def raw_rows(slots: int, width: int) -> Tensor:
         return torch.stack([normal(slots, width, scale=scale) for scale in (kv_scale, gate_scale)], dim=1)
 
     positions = torch.arange(pos, pos + n_tok)
     inputs: Inputs = {"q_a": normal(n_tok, q_lora), "pos": torch.tensor([pos], dtype=torch.int32), "eps": EPS}
-    inputs |= {"cis": angles(positions), "q_norm": normal(q_lora), "kv_norm": normal(512)}
+    inputs |= {"cis": angles(positions), "q_norm": gain(q_lora), "kv_norm": gain(512)}
     inputs["ring"] = codes(RING_SLOTS, ref.ROW_BYTES)
     raw = {"kv": (512, kv_scale)}
     if kind != "swa":
@@ -100,11 +103,11 @@ def random_inputs(
         slots, width = lookback(kind, ratio) + MAX_DRAFT, 1024 if kind == "csa" else 512
         room = (pos + n_tok) // ratio if n_entries is None else n_entries
         inputs["entry_cis"] = angles((positions + 1 - ratio).clamp_min(0))
-        inputs |= {"ape": normal(ratio, width), "comp_norm": normal(512), "pool": codes(room, ref.ROW_BYTES)}
+        inputs |= {"ape": normal(ratio, width), "comp_norm": gain(512), "pool": codes(room, ref.ROW_BYTES)}
         raw |= {"comp_kv": (width, kv_scale), "comp_gate": (width, gate_scale)}
         inputs["state"] = raw_rows(slots, width)
     if kind == "csa":
-        inputs |= {"idx_ape": normal(4, 256), "idx_norm": normal(128), "keys": codes(room, ref.KEY_BYTES)}
+        inputs |= {"idx_ape": normal(4, 256), "idx_norm": gain(128), "keys": codes(room, ref.KEY_BYTES)}
         raw |= {"idx_kv": (256, kv_scale), "idx_gate": (256, gate_scale)}
         inputs["key_state"] = raw_rows(slots, 256)
     bad = torch.ones(n_tok, dtype=torch.bool)

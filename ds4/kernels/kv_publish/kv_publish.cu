@@ -7,7 +7,7 @@
 //   entry   where (p + 1) % ratio == 0: pool[(p + 1) / ratio - 1] = the same of the pooled window, turned by entry_cis
 //   key     the same for the indexer, then rotated by Hadamard, in 68 bytes
 //
-// p = pos[0] + token. SWA layers have norm and row, HCA layers append and entry too, CSA layers both of them twice.
+// p = pos[0] + token. SWA layers have norm and row; HCA layers append and entry too; CSA layers all, append twice.
 // Grid (roles, n_tok): 2, 4 or 6 roles. Block 128, four columns a thread, and 512 for HCA, whose window of 128 tokens
 // is pooled by four groups of threads, 16 loads of 16 bytes in flight each. An entry or key block whose token closes no
 // window leaves at once, so that the launch is the same for every position. No block waits for another: pool.cuh says
@@ -27,7 +27,7 @@
 
 constexpr int kThreads = 128;
 static_assert(Q_LORA % 4 == 0, "rows are read 16 bytes at a time");
-enum Role { kEntry, kRow, kNorm, kAppend, kKey, kKeyAppend };  // the longest first
+enum Role { kEntry, kRow, kNorm, kAppend, kKey, kKeyAppend };  // by blockIdx.x; the longest comes first
 
 template <int kBlock>
 __device__ __forceinline__ void norm_q(const float* q_a, const float* q_norm, float* qr, float eps) {

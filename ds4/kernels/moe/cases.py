@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -211,7 +211,7 @@ def _down(name: str, group: Group, shape: Shape, change: Change | None = None) -
     return _case(name, group, shape, partial(down_inputs, shape=shape), change)
 
 
-def _decode(make: Callable[[str, Group, Shape], Case], mixtures: dict[str, tuple[str, ...]]) -> list[Case]:
+def _decode(make: Callable[[str, Group, Shape], Case], mixtures: Mapping[str, tuple[str, ...]]) -> list[Case]:
     """Cases at the dimensions of V4-Flash, 8 tokens for NVFP4 alone."""
     counts = [(name, n) for name in mixtures for n in (1, 2, 8) if name == "nvfp4" or n < 8]
     shapes = {(name, n): Shape(n, 4096, 2048, 32 if n > 2 else 16, 6, mixtures[name]) for name, n in counts}

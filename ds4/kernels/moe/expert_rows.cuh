@@ -37,12 +37,6 @@ __device__ constexpr int staged_floats(int cols, int tokens) {
   return all < kStagedFloats ? all : kStagedFloats;
 }
 
-// The most tokens of one call: a warp's 32 chunks of all of them are staged at a time.
-template <class W>
-__device__ constexpr int most_tokens() {
-  return kStagedFloats / (32 * W::kCount) < 8 ? kStagedFloats / (32 * W::kCount) : 8;
-}
-
 // Columns that are staged at a time: whole rounds of a warp's lanes.
 template <class W>
 __device__ constexpr int tile_columns(int cols, int tokens) {
@@ -116,7 +110,8 @@ __device__ __forceinline__ void multiply_chunk(const W (&matrix)[kMats], const t
     }
 #pragma unroll
     for (int i = 0; i < kMats * kRows; ++i) {
-      const float scale = W::scale(raw[i / kRows][i % kRows], s), minimum = W::minimum(raw[i / kRows][i % kRows], s);
+      const float scale = matrix[i / kRows].scale(raw[i / kRows][i % kRows], s);
+      const float minimum = matrix[i / kRows].minimum(raw[i / kRows][i % kRows], s);
 #pragma unroll
       for (int t = 0; t < kTok; ++t) {
         float& total = acc[i / kRows][i % kRows][t];

@@ -1,5 +1,5 @@
 // Which (token, rank) pairs a block of the expert layer serves. A block stands for one pair; tokens that chose the same
-// expert are served together, by the block of the first of them, so that its weights are read and decoded once.
+// expert are served together, by the block of the first of them, so that its weights are read from memory once.
 #pragma once
 
 #include "expert_rows.cuh"
@@ -13,15 +13,14 @@ constexpr int kSlots = TOP_K + 1;  // of a token: its routed experts by rank, th
 __device__ __forceinline__ int find_members(const int* ids, int pair, int* member) {
   const int lane = threadIdx.x % 32, token = pair / TOP_K, expert = ids[pair];
   int earlier = 0;  // ranks of this token with the same expert
-  for (int i = token * TOP_K; i < pair; ++i) earlier += ids[i] == expert;
-  int rank = -1;  // of token `lane`
-  if (lane < N_TOK) {
-    int seen = 0;
-    for (int i = 0; i < TOP_K; ++i) {
-      if (ids[lane * TOP_K + i] != expert) continue;
-      if (seen == earlier) rank = i;
-      ++seen;
-    }
+#pragma unroll 8
+  for (int i = 0; i < TOP_K; ++i) earlier += ids[token * TOP_K + i] == expert && i < pair % TOP_K;
+  int rank = -1, seen = 0;  // of token `lane`
+#pragma unroll 8
+  for (int i = 0; i < TOP_K; ++i) {
+    const bool same = lane < N_TOK && ids[lane * TOP_K + i] == expert;
+    if (same && seen == earlier) rank = i;
+    seen += same;
   }
   const unsigned tokens = __ballot_sync(kAllLanes, rank >= 0);
   if (tokens & ((1u << token) - 1u)) return 0;
@@ -36,10 +35,12 @@ __device__ __forceinline__ int all_tokens(int* member) {
 }
 
 // Calls step.run<n>(first, count) for members first .. first + count - 1 of `total`, count at most n, until all are served:
-// n is 1, 2, 4 or kMost; only kMost where kAll says that `total` is N_TOK in every launch. A token's sums do not depend on n.
+// n is 1, 2 or kMost; kMost only where kAll says that `total` is N_TOK in every launch. A token's sums do not depend on n.
+// A pass decodes a weight once for its members; further passes read the weights again, from L2. Passes of 8 spill, and
+// would save little: reading the activations of 8 from shared memory takes as long as decoding twice, by count.
 template <int kMost, bool kAll, class Step>
 __device__ __forceinline__ void in_groups(int total, const Step& step) {
-  constexpr int kLargest = kMost < N_TOK ? kMost : N_TOK;
+  constexpr int kLargest = N_TOK < kMost ? N_TOK : kMost;
 #pragma unroll 1
   for (int first = 0; first < total; first += kLargest) {
     const int count = min(total - first, kLargest);
@@ -47,8 +48,6 @@ __device__ __forceinline__ void in_groups(int total, const Step& step) {
       if constexpr (!kAll) step.template run<1>(first, count);
     } else if (!kAll && kLargest > 2 && count == 2) {
       if constexpr (!kAll && kLargest > 2) step.template run<2>(first, count);
-    } else if (!kAll && kLargest > 4 && count <= 4) {
-      if constexpr (!kAll && kLargest > 4) step.template run<4>(first, count);
     } else {
       step.template run<kLargest>(first, count);
     }

@@ -10,8 +10,8 @@
 // `counter`, one number a row tile, is zeroed by its owner once, at allocation. Order along INTER: expert_rows.cuh.
 //
 // Bytes at HIDDEN 4096, INTER 2048, TOP_K 6, one token: down of 7 experts, 28.3 + 8.9 MB with NVFP4 experts and a Q8_0 shared
-// one; 26.7 + 8.4 MB MXFP4, FP8; 16.5 + 8.9 MB Q2_K, Q8_0; parts 115 KB out and in from L2, mid 8 KB a block from L2.
-// Estimates, not measured: 0.18 ms on GB10 at 87 % of copy, 14 us on H200 at 65 % (NVFP4).
+// one; 26.7 + 8.4 MB MXFP4, FP8; 16.5 + 8.9 MB Q2_K, Q8_0; parts 115 KB out and in from L2, mid 8 KB a block from L1 or L2.
+// Estimates, not measured, with the instruction counts of moe_up.cu: 0.18 ms on GB10 at 87 % of copy, 15 us on H200 (NVFP4).
 #include "fp4_weights.cuh"
 #include "iq2_weights.cuh"
 #include "kquant_weights.cuh"
@@ -77,14 +77,14 @@ extern "C" __global__ void __launch_bounds__(256, kResident) moe_down(
     prefetch_rows<kBlockRows>(matrix, blockIdx.x * kBlockRows);
     const int total = all_tokens(member);
     pdl_wait();
-    in_groups<most_tokens<Shared>(), true>(total, ExpertDown<Shared>{matrix, 0, sw2_scale, mid, member, staged, parts});
+    in_groups<Shared::kTokens, true>(total, ExpertDown<Shared>{matrix, 0, sw2_scale, mid, member, staged, parts});
   } else {
     pdl_wait();
     const int pair = blockIdx.y - 1, total = find_members(ids, pair, member), e = ids[pair];
     const Matrix matrix({{w2_0, w2_1, w2_2, w2_3}}, table);
     const float scale = w2_scale ? w2_scale[e] : 1.f;
     const size_t base = static_cast<size_t>(e) * HIDDEN;
-    in_groups<most_tokens<Matrix>(), false>(total, ExpertDown<Matrix>{matrix, base, scale, mid, member, staged, parts});
+    in_groups<Matrix::kTokens, false>(total, ExpertDown<Matrix>{matrix, base, scale, mid, member, staged, parts});
   }
   if (!last_block(counter + blockIdx.x, gridDim.y)) return;
   for (int i = threadIdx.x; i < N_TOK * kBlockRows; i += kWarps * 32) {

@@ -14,8 +14,11 @@
 // format are multiplied together, of two formats one after the other.
 //
 // Bytes at HIDDEN 4096, INTER 2048, TOP_K 6, one token: gate and up of 7 experts, 56.6 + 17.8 MB with NVFP4 experts and a
-// Q8_0 shared one; 53.5 + 16.8 MB MXFP4, FP8; 26.0 + 17.8 MB IQ2_XXS, Q8_0; x 16 KB a block from L2. Estimates, not
-// measured: 0.37 ms on GB10 at 87 % of copy, 27 us on H200 at 65 % (NVFP4; it takes 4.2 instructions a weight, 7.5 a byte).
+// Q8_0 shared one; 53.5 + 16.8 MB MXFP4, FP8; 26.0 + 17.8 MB IQ2_XXS, Q8_0; x, 16 KB, from L1.
+// Instructions of the inner loop on sm_90a, counted, a weight (a byte): NVFP4 5.4 (9.5), MXFP4 5.4 (10.2), Q4_K 5.2 (9.1),
+// Q2_K 4.7 (14), Q6_K 6.3 (7.7), IQ2_XXS 6.8 (26), Q8_0 4.9 (4.6), FP8 5.4, BF16 4.6 (2.3); a further token costs 1.7 more.
+// Estimates, not measured: 0.37 ms on GB10 at 87 % of copy (64 instructions a byte to spare); on H200, which has 7 to spare,
+// instructions bind all formats but Q8_0, FP8 and BF16: 28 us NVFP4 (63 % of copy), 35 us IQ2_XXS (30 %).
 #include "fp4_weights.cuh"
 #include "iq2_weights.cuh"
 #include "kquant_weights.cuh"
@@ -79,8 +82,7 @@ struct ExpertUp {
   const int* member;
   float *staged, *mid;
 
-  static constexpr int kOfGate = most_tokens<GateMatrix>(), kOfUp = most_tokens<UpMatrix>();
-  static constexpr int kMost = kOfGate < kOfUp ? kOfGate : kOfUp;
+  static constexpr int kMost = GateMatrix::kTokens < UpMatrix::kTokens ? GateMatrix::kTokens : UpMatrix::kTokens;
 
   template <int kTok>
   __device__ __forceinline__ void run(int begin, int count) const {

@@ -75,17 +75,19 @@ def _moe_prefill(
 
 
 def _slot_products(xs: Sequence[Tensor], weights: Sequence[Weights], outs: Sequence[Tensor]) -> None:
-    """``outs[i] = weights[i] @ xs[i]``, one matrix-vector product each; equal tiled weights are decoded once."""
-    tiled: dict[Weights, list[int]] = {}
+    """``outs[i] = weights[i] @ xs[i]``, one matrix-vector product each; slots with equal weights one after another,
+    while these are in the CPU's cache. Equal tiled weights are decoded once."""
+    slots: dict[Weights, list[int]] = {}
     for i, w in enumerate(weights):
+        slots.setdefault(w, []).append(i)
+    for w, same in slots.items():
         stack = dense(w)
         if stack is not None:
-            torch.mv(stack, xs[i], out=outs[i])
-        else:
-            tiled.setdefault(w, []).append(i)
-    for w, slots in tiled.items():
+            for i in same:
+                torch.mv(stack, xs[i], out=outs[i])
+            continue
         for part, tile in tiles(w):
-            for i in slots:
+            for i in same:
                 torch.mv(tile, xs[i], out=outs[i][part])
 
 

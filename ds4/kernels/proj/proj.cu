@@ -1,37 +1,37 @@
-// proj: activations of up to 8 tokens times the rows of up to 8 weight matrices that share them (spec model.md 2.3, 2.6,
-// kernels.md b.1, b.3). One source for proj_in, proj_q, proj_oa and proj_ob, and for any other single matrix.
+// proj: activations of up to 8 tokens times the rows of up to 8 weight matrices that share them (spec model.md 2.3,
+// 2.6, kernels.md b.1, b.3). One source for proj_in, proj_q, proj_oa and proj_ob, and for any other single matrix.
 //
 //   y_i[t][r] = sum over k of W_i[r][k] * x[t][g][k]     g = r / (rows of W_i / GROUPS), 0 where GROUPS is 1
 //
 // x FP32, W_i F32, F16, BF16, Q8_0 or FP8 with block scales, each of its own format, dequantised to FP32 (matrix.cuh).
 //
-// Grid: the blocks of matrix 0, then those of matrix 1, ...; within a matrix group by group, so that a block has one format
-// and one x. Block 256: a warp owns ROWS_PER_WARP neighbouring rows, a block 8 times as many.
-// Before the wait for the previous launch every lane asks for 8 times 16 bytes of weights: the whole of a row of 4 KB where
-// a warp owns one. Activations come to shared memory, up to 32 KB at a time, while weights are on their way. They are
-// permuted there: 16 one-byte weights a lane ask for float4 that lie 64 bytes apart, which takes 16 wavefronts a warp from
-// L1 or from plain shared memory, and 4 as it is.
+// Grid: the blocks of matrix 0, then those of matrix 1, ...; within a matrix group by group, so that a block has one
+// format and one x. Block 256: a warp owns ROWS_PER_WARP neighbouring rows, a block 8 times as many.
+// Before the wait for the previous launch every lane asks for 8 times 16 bytes of weights: the whole of a row of 4 KB
+// where a warp owns one. Activations come to shared memory, up to 32 KB at a time, while weights are on their way. They
+// are permuted there: 16 one-byte weights a lane ask for float4 that lie 64 bytes apart, which takes 16 wavefronts a
+// warp from L1 or from plain shared memory, and 4 as it is.
 //
-// Order: gemv.cuh. It depends on K and the format only. ROWS_PER_WARP, the tiles and the loads in flight depend on N_TOK,
-// but they only say which registers hold what.
+// Order: gemv.cuh. It depends on K and the format only. ROWS_PER_WARP, the tiles and the loads in flight depend on
+// N_TOK, but they only say which registers hold what.
 //
-// Bytes in flight: 4 KB a warp, so 128 KB an SM at N_TOK 1 (4 blocks), 96 KB at 2 where K is 1024, else 64 KB (2 blocks; 32
-// where the grid has but one for each SM). Wanted (kernels.md b.0): 19 KB on H200, 33 KB on B200. Blocks at the dimensions
-// of V4-Flash at N_TOK 1 / 2 / 8, for 132 SMs (H200) or 148 (B200):
+// Bytes in flight: 4 KB a warp, so 128 KB an SM at N_TOK 1 (4 blocks), 96 KB at 2 where K is 1024, else 64 KB (2
+// blocks; 32 where the grid has but one for each SM). Wanted (kernels.md b.0): 19 KB on H200, 33 KB on B200. Blocks at
+// the dimensions of V4-Flash at N_TOK 1 / 2 / 8, for 132 SMs (H200) or 148 (B200):
 //   proj_in   K 4096: 4160 rows (CSA) 520 / 260 / 130, 2560 (HCA) 320 / 320 / 160, 1536 (SWA) 192 / 192 / 192
 //   proj_q    K 1024: 40960 rows (CSA) 1280 each, 32768 rows 1024 each
 //   proj_oa   K 4096: 8192 rows 512 / 256 / 256          proj_ob   K 8192: 4096 rows 512 / 256 / 128
 //
-// Bytes: the weights once (a CSA layer as shipped: 27.8 MB for proj_in, 42.0 for proj_q, 33.6 for proj_oa and for proj_ob),
-// and x once a block from L2: 4 N_TOK / (rows of a block) bytes for each weight, 0.5 at N_TOK 1 where a warp owns one row,
-// 1 at 8 where it owns four.
-// Thread-instructions for a byte of weights, counted in the machine code of the main loop for sm_90a at N_TOK 1 / 2 / 8:
-// BF16 and F16 2.0 / 2.4 / 6.7, FP8 5.4 / 6.1 / 13.7, Q8_0 6.0 / 6.9 / 14.3. H200 has about 7 and B200 about 5 for each byte
-// it can stream (estimates of kernels.md b.0): one-byte formats are bound by instructions from N_TOK 3 on H200 and from 1 or
-// 2 on B200, 8 of them at N_TOK 8 being the multiply-adds themselves.
-// Estimates, not measured, for a CSA layer as shipped on H200 at N_TOK 1, at 60 to 75 % of copy (4.2 TB/s): proj_in 11 us,
-// proj_q 14, proj_oa 11, proj_ob 11; on GB10 at 75 to 88 % (232 GB/s) 160, 213, 164, 164. At N_TOK 8 on H200, from the
-// instructions: about 13, 29, 23, 23.
+// Bytes: the weights once (a CSA layer as shipped: 27.8 MB for proj_in, 42.0 for proj_q, 33.6 for proj_oa and for
+// proj_ob), and x once a block from L2: 4 N_TOK / (rows of a block) bytes for each weight, 0.5 at N_TOK 1 where a warp
+// owns one row, 1 at 8 where it owns four.
+// Thread-instructions for a byte of weights, counted in the machine code of the main loop for sm_90a at N_TOK 1 / 2 /
+// 8: BF16 and F16 2.0 / 2.5 / 6.7, FP8 5.3 / 6.1 / 13.6, Q8_0 6.0 / 6.8 / 14.3. H200 has about 7 and B200 about 5 for
+// each byte it can stream (estimates of kernels.md b.0): one-byte formats are bound by instructions from N_TOK 3 on
+// H200 and from 1 or 2 on B200, 8 of them at N_TOK 8 being the multiply-adds themselves.
+// Estimates, not measured, for a CSA layer as shipped on H200 at N_TOK 1, at 60 to 75 % of copy (4.2 TB/s): proj_in 11
+// us, proj_q 14, proj_oa 11, proj_ob 11; on GB10 at 75 to 88 % (232 GB/s) 160, 213, 164, 164. At N_TOK 8 on H200, from
+// the instructions at two thirds of the issue rate: 12, 29, 23, 23.
 #include "gemv.cuh"
 
 #if !defined(K) || !defined(N_TOK) || !defined(GROUPS) || !defined(ROWS) || !defined(FORMATS) || !defined(ROWS_PER_WARP)
@@ -75,8 +75,8 @@ __device__ constexpr bool has(Format format) {
   return false;
 }
 
-// Where quad j of a token's activations lies in the tile. Neighbouring lanes read every first, second or fourth quad; 8 of
-// them, which the hardware serves at once, find theirs in different banks. The same permutation of every 32 quads.
+// Where quad j of a token's activations lies in the tile. Neighbouring lanes read every first, second or fourth quad; 8
+// of them, which the hardware serves at once, find theirs in different banks. The same permutation of every 32 quads.
 __device__ __forceinline__ int permuted(int j) { return j ^ (j >> 3 & 3); }
 
 // Columns `first` to first + kTile - 1, as far as there are, of all tokens into the tile; the whole block calls it.
