@@ -18,15 +18,13 @@ from unit_data import assert_close, load_unit, seeded
 from ds4.kernels.cases import Inputs
 from ds4.kernels.kv_publish.cases import random_inputs
 from ds4.kernels.kv_publish.op import KV_PUBLISH_CSA, KV_PUBLISH_HCA, KV_PUBLISH_SWA
-from ds4.kernels.kv_publish.ref import pack_key, pack_row
+from ds4.kernels.kv_publish.ref import KEY, ROW
 from ds4.kernels.registry import run_kernels
-from ds4.kv.rows import PackedKey, PackedRow
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 CPU = torch.device("cpu")
 OPERATIONS = {"hca": KV_PUBLISH_HCA, "csa": KV_PUBLISH_CSA}
-ROW, KEY = PackedRow(448, 64), PackedKey(128)
 
 
 def unturned(n: int) -> Tensor:
@@ -137,9 +135,3 @@ def test_golden_whole_row(golden: Path) -> None:
     assert_close(got[:, 384:448], g["out"][:, :64], 0)
     assert_close(got[:, 448:], g["out"][:, 64:], 2**-8)
     assert not got[:, :384].any()
-
-
-def test_packing_is_the_caches() -> None:
-    x = torch.cat((seeded(64, 512), torch.zeros(1, 512), seeded(2, 512, seed=1) * 1e-9, seeded(2, 512, seed=2) * 1e9))
-    assert torch.equal(pack_row(x), ROW.pack(x))
-    assert torch.equal(pack_key(x.view(-1, 128)), KEY.pack(x.view(-1, 128)))

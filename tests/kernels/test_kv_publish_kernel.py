@@ -13,7 +13,7 @@ from ds4.kernels.cases import Inputs, Outputs
 from ds4.kernels.kv_publish import pool_csa, pool_hca
 from ds4.kernels.kv_publish.cases import angles, random_inputs
 from ds4.kernels.kv_publish.op import KV_PUBLISH_CSA, KV_PUBLISH_HCA, KV_PUBLISH_SWA
-from ds4.kernels.kv_publish.ref import finish_entry, pack_key, pack_row, ring_row
+from ds4.kernels.kv_publish.ref import KEY, ROW, finish_entry, ring_row
 from ds4.kernels.numerics import GROUPS
 from ds4.kernels.registry import run, run_kernels
 from ds4.kernels.verify import copy_to, take_tokens
@@ -160,12 +160,12 @@ def test_text_in_launches_is_the_text_at_once(kind: str, ratio: int, n: int) -> 
         size = min(sizes[done % len(sizes)], n - done)
         publish(kind, inputs, done, size)
         done += size
-    assert_stored(inputs["pool"], pack_row(whole_text(inputs, "comp", ratio)))
+    assert_stored(inputs["pool"], ROW.pack(whole_text(inputs, "comp", ratio)))
     if kind == "csa":
-        assert_stored(inputs["keys"], pack_key(whole_text(inputs, "idx", ratio)))
+        assert_stored(inputs["keys"], KEY.pack(whole_text(inputs, "idx", ratio)))
     rows = ring_row(inputs["kv"], inputs["kv_norm"], torch.view_as_complex(inputs["cis"]), inputs["eps"])
     last = torch.arange(n - 136, n)
-    assert_stored(inputs["ring"][last % 136], pack_row(rows[last]))
+    assert_stored(inputs["ring"][last % 136], ROW.pack(rows[last]))
 
 
 # ---------------------------------------------------------------- the operations

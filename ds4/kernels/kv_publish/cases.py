@@ -23,8 +23,8 @@ MUTATES: dict[Kind, tuple[str, ...]] = {
 }
 # Names of a compressor's tensors: raw values, gates, position bias, norm, state, entries; and their packing.
 _COMPRESSORS = {
-    "comp": (("comp_kv", "comp_gate", "ape", "comp_norm", "state", "pool"), ref.pack_row),
-    "idx": (("idx_kv", "idx_gate", "idx_ape", "idx_norm", "key_state", "keys"), ref.pack_key),
+    "comp": (("comp_kv", "comp_gate", "ape", "comp_norm", "state", "pool"), ref.ROW.pack),
+    "idx": (("idx_kv", "idx_gate", "idx_ape", "idx_norm", "key_state", "keys"), ref.KEY.pack),
 }
 _QR = Close(0, 1e-6, "a sum of squares in another order, a root and two products: a few 2^-24 of the value")
 # What sums, exponentials and roots may be off by, of a value and of its row's root mean square: makers draw again until
@@ -47,7 +47,7 @@ def clear_of_boundaries(inputs: Inputs) -> Tensor:
     """bool [n_tok]: tokens whose row, and whatever entry and key they close, no rounding of sums can change."""
     start, eps, n_tok = int(inputs["pos"]), inputs["eps"], inputs["kv"].shape[0]
     row = ref.ring_row(inputs["kv"], inputs["kv_norm"], torch.view_as_complex(inputs["cis"]), eps)
-    clear = _clear(row, ref.pack_row)
+    clear = _clear(row, ref.ROW.pack)
     for prefix, (names, pack) in _COMPRESSORS.items():
         if names[0] not in inputs:
             continue
@@ -96,18 +96,18 @@ def random_inputs(
     positions = torch.arange(pos, pos + n_tok)
     inputs: Inputs = {"q_a": normal(n_tok, q_lora), "pos": torch.tensor([pos], dtype=torch.int32), "eps": EPS}
     inputs |= {"cis": angles(positions), "q_norm": gain(q_lora), "kv_norm": gain(512)}
-    inputs["ring"] = codes(RING_SLOTS, ref.ROW_BYTES)
+    inputs["ring"] = codes(RING_SLOTS, ref.ROW.row_bytes)
     raw = {"kv": (512, kv_scale)}
     if kind != "swa":
         ratio = ref.CSA_RATIO if kind == "csa" else ratio or 128
         slots, width = lookback(kind, ratio) + MAX_DRAFT, 1024 if kind == "csa" else 512
         room = (pos + n_tok) // ratio if n_entries is None else n_entries
         inputs["entry_cis"] = angles((positions + 1 - ratio).clamp_min(0))
-        inputs |= {"ape": normal(ratio, width), "comp_norm": gain(512), "pool": codes(room, ref.ROW_BYTES)}
+        inputs |= {"ape": normal(ratio, width), "comp_norm": gain(512), "pool": codes(room, ref.ROW.row_bytes)}
         raw |= {"comp_kv": (width, kv_scale), "comp_gate": (width, gate_scale)}
         inputs["state"] = raw_rows(slots, width)
     if kind == "csa":
-        inputs |= {"idx_ape": normal(4, 256), "idx_norm": gain(128), "keys": codes(room, ref.KEY_BYTES)}
+        inputs |= {"idx_ape": normal(4, 256), "idx_norm": gain(128), "keys": codes(room, ref.KEY.row_bytes)}
         raw |= {"idx_kv": (256, kv_scale), "idx_gate": (256, gate_scale)}
         inputs["key_state"] = raw_rows(slots, 256)
     bad = torch.ones(n_tok, dtype=torch.bool)

@@ -83,15 +83,15 @@ def _expected(kind: Kind, n_tok: int, q_lora: int, ratio: int) -> dict[str, tupl
     """Shape of every tensor; None: any size."""
     turn = (n_tok, ROPE_PAIRS, 2)
     shapes: dict[str, tuple[int | None, ...]] = {"q_a": (n_tok, q_lora), "kv": (n_tok, HEAD_DIM), "pos": (1,)}
-    shapes |= {"cis": turn, "q_norm": (q_lora,), "kv_norm": (HEAD_DIM,), "ring": (None, ref.ROW_BYTES)}
+    shapes |= {"cis": turn, "q_norm": (q_lora,), "kv_norm": (HEAD_DIM,), "ring": (None, ref.ROW.row_bytes)}
     if kind != "swa":
         width = HEAD_DIM * (2 if kind == "csa" else 1)
         shapes |= {"comp_kv": (n_tok, width), "comp_gate": (n_tok, width), "entry_cis": turn, "ape": (ratio, width)}
-        shapes |= {"comp_norm": (HEAD_DIM,), "state": (None, 2, width), "pool": (None, ref.ROW_BYTES)}
+        shapes |= {"comp_norm": (HEAD_DIM,), "state": (None, 2, width), "pool": (None, ref.ROW.row_bytes)}
     if kind == "csa":
         width = 2 * KEY_DIM
         shapes |= {"idx_kv": (n_tok, width), "idx_gate": (n_tok, width), "idx_ape": (ratio, width)}
-        shapes |= {"idx_norm": (KEY_DIM,), "key_state": (None, 2, width), "keys": (None, ref.KEY_BYTES)}
+        shapes |= {"idx_norm": (KEY_DIM,), "key_state": (None, 2, width), "keys": (None, ref.KEY.row_bytes)}
     return shapes
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds4.kernels.cases import Inputs, Outputs
 from ds4.kernels.common import apply_rope, hadamard, rms_norm
 from ds4.kernels.numerics import GROUPS, Numerics
-from ds4.weights.formats import block_scale
+from ds4.kv.rows import PackedKey, PackedRow
 
 CSA_RATIO = 4
-N_NOPE, ROW_BLOCK, ROW_BYTES = 448, 64, 584
-KEY_BLOCK, KEY_BYTES = 32, 68
+ROW, KEY = PackedRow(448, 64), PackedKey(128)
 _SERVE = GROUPS["serve"]
 
 
@@ -48,19 +46,6 @@ def finish_entry(
     rd = numerics.rd
     entry = rd(apply_rope(rd(rms_norm(rd(pooled), norm, eps)), cis))
     return rd(hadamard(entry)) if indexer and numerics.index_rotate else entry
-
-
-def pack_row(x: Tensor) -> Tensor:
-    """KV rows f32 ``[n, 512]`` -> u8 ``[n, 584]``: 448 e4m3 | 7 E8M0 | a zero | 64 bf16 (spec model.md 6.1)."""
-    codes, exponent = block_scale.quantize_e4m3(x[:, :N_NOPE], ROW_BLOCK)
-    rope = x[:, N_NOPE:].to(torch.bfloat16).contiguous().view(torch.uint8)
-    return torch.cat((codes.view(torch.uint8), F.pad(exponent, (0, 1)), rope), dim=1)
-
-
-def pack_key(x: Tensor) -> Tensor:
-    """Indexer keys f32 ``[n, 128]`` -> u8 ``[n, 68]``: 64 bytes of E2M1 pairs | 4 E8M0 (spec model.md 6.2)."""
-    codes, exponent = block_scale.quantize_e2m1(x, KEY_BLOCK)
-    return torch.cat((block_scale.pack_nibbles(codes), exponent), dim=1)
 
 
 def ring_row(kv: Tensor, norm: Tensor, cis: Tensor, eps: float) -> Tensor:
@@ -102,7 +87,7 @@ def _published_entries(inputs: Inputs, state: Tensor, pool: Tensor, norm: str, r
     pool = pool.clone()
     for entry, value in closed_entries(state, start, n_tok, inputs[norm], cis, inputs["eps"], ratio, indexer=indexer):
         if entry < pool.shape[0]:
-            pool[entry] = (pack_key if indexer else pack_row)(value)[0]
+            pool[entry] = (KEY if indexer else ROW).pack(value)[0]
     return pool
 
 
@@ -111,7 +96,7 @@ def kv_publish(inputs: Inputs) -> Outputs:
     start, eps = int(inputs["pos"]), inputs["eps"]
     ring = inputs["ring"].clone()
     row = ring_row(inputs["kv"], inputs["kv_norm"], torch.view_as_complex(inputs["cis"]), eps)
-    ring[torch.arange(start, start + len(row)) % ring.shape[0]] = pack_row(row)
+    ring[torch.arange(start, start + len(row)) % ring.shape[0]] = ROW.pack(row)
     results = {"qr": rms_norm(inputs["q_a"], inputs["q_norm"], eps), "ring": ring}
     if "comp_kv" in inputs:
         ape = inputs["ape"]
