@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_checks import CPU, SMALL, cases_of, has_tokens
 
 from ds4.kernels.cubin_cache import CubinCache
-from ds4.kernels.entry import Constants, Entry
+from ds4.kernels.entry import Constants, Entry, constant_set
 from ds4.kernels.registry import Operation, all_operations
 from ds4.kernels.resources import shipped
 from ds4.kernels.verify import TOKEN_COUNTS, take_tokens
@@ -38,6 +38,13 @@ def launches(operation: Operation) -> set[tuple[Entry, Constants]]:
     return found
 
 
+def token_counts(constants: Constants) -> list[Constants]:
+    """The same kernel for the other numbers of tokens that the checks launch."""
+    if "N_TOK" not in dict(constants):
+        return []
+    return [constant_set(**(dict(constants) | {"N_TOK": n})) for n in TOKEN_COUNTS]
+
+
 def for_all() -> dict[str, list[Job]]:
     """The shipped kernels for all architectures, by file and architecture."""
     return _by_file(shipped(all_operations()))
@@ -47,6 +54,7 @@ def for_gpu(architecture: str) -> dict[str, list[Job]]:
     """All that the checks launch on a GPU of this architecture, by file and architecture."""
     operations = all_operations()
     jobs = [job for job in shipped(operations) if job[2] == architecture]
+    jobs += [(entry, other, architecture) for entry, constants, _ in jobs for other in token_counts(constants)]
     for operation in operations:
         small = launches(operation)
         jobs += [(entry, constants, architecture) for entry, constants in small if architecture in entry.architectures]
