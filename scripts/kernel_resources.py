@@ -47,7 +47,7 @@ def main(check: bool) -> None:
     new = list(track(rows, "compiling", total=len(shipped(operations)), disable=not sys.stderr.isatty()))
     text = dump_table(new)
     try:
-        old = load_table()[1]
+        old = load_table()[2]
     except Ds4Error:
         old = []
     click.echo(f"{len(new)} rows: {' '.join(_FIGURES)}")

@@ -38,13 +38,26 @@ def default_directory() -> Path:
 
 def cubin_key(path: Path, constants: Constants, architecture: str) -> str:
     """SHA-256 (hex) over the source, the project's headers it includes, constants, architecture and toolchain."""
-    digest = hashlib.sha256()
-    parts = [repr(_MAGIC), toolchain(), architecture, *macro_definitions(constants), path.name, read_source(path)]
+    return _digest([repr(_MAGIC), toolchain(), architecture, *macro_definitions(constants), *_sources(path)])
+
+
+def source_digest(path: Path) -> str:
+    """SHA-256 (hex) over the source and the project's headers it includes."""
+    return _digest(_sources(path))
+
+
+def _sources(path: Path) -> list[str]:
+    parts = [path.name, read_source(path)]
     for header in project_includes(path):
         # Without the checkout's own place, so that two of them share their cubins.
         shared = header.is_relative_to(INCLUDE_DIR)
         parts += ["include" if shared else "beside", os.path.relpath(header, INCLUDE_DIR if shared else path.parent)]
         parts.append(read_source(header))
+    return parts
+
+
+def _digest(parts: list[str]) -> str:
+    digest = hashlib.sha256()
     for part in parts:
         data = part.encode()
         digest.update(len(data).to_bytes(8, "little") + data)

@@ -26,6 +26,7 @@ from ds4.kernels.verify import check_launches, check_tokens, n_tokens, take_toke
 CPU = torch.device("cpu")
 OPERATIONS = all_operations()
 SHIPPED = resources.shipped(OPERATIONS)
+SAMPLES = resources.samples(OPERATIONS)  # compiled here; scripts/kernel_resources.py compiles all
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def test_the_table_survives_the_file(toy, tmp_path):
     rows = list(resources.build_table([toy, replace(toy, name="twin")], CubinCache(tmp_path / "cache")))
     assert len(rows) == len(ARCHITECTURES)  # a variant that two operations share has one row
     (tmp_path / "table.json").write_text(resources.dump_table(rows))
-    assert resources.load_table(tmp_path / "table.json") == (nvrtc_version(), rows)
+    assert resources.load_table(tmp_path / "table.json") == (nvrtc_version(), resources.sources(rows), rows)
     (tmp_path / "table.json").write_text(resources.dump_table(rows)[:-20])
     with pytest.raises(Ds4Error, match=r"table\.json: no table of resources .*run scripts/kernel_resources\.py"):
         resources.load_table(tmp_path / "table.json")
@@ -292,13 +293,24 @@ def cubins(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def committed():
     """The committed rows by identity; skipped where NVRTC is another one, which allocates registers otherwise."""
-    version, rows = resources.load_table()
+    version, _, rows = resources.load_table()
     if version != nvrtc_version():
         pytest.skip(f"the table is of NVRTC {version}, here is {nvrtc_version()}")
     return {resources.identity(row): row for row in rows}
 
 
-@pytest.mark.parametrize(("entry", "constants", "architecture"), SHIPPED, ids=ids)
+def test_the_table_is_of_these_sources():
+    _, digests, rows = resources.load_table()
+    assert digests == resources.sources(rows), "run scripts/kernel_resources.py and look at what changed"
+    assert resources.spills(rows, OPERATIONS) == []
+
+
+def test_samples_reach_every_kernel_and_architecture():
+    assert {(entry, architecture) for entry, _, architecture in SAMPLES} == {(e, a) for e, _, a in SHIPPED}
+    assert set(SAMPLES) < set(SHIPPED)
+
+
+@pytest.mark.parametrize(("entry", "constants", "architecture"), SAMPLES, ids=ids)
 def test_a_kernel_compiles_without_warnings_and_as_the_table_says(entry, constants, architecture, cubins, committed):
     assert cubins.get(entry, constants, architecture).warnings == ()
     row = resources.row(entry, constants, architecture, cubins)
