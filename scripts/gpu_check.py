@@ -48,10 +48,11 @@ STAGES = (
     Stage("compile", 100, "gpu"),
     Stage("compile", 900, "no gpu"),
     Stage("emulation", 300, "no gpu"),
-    Stage("kernels", 120, "gpu"),
-    Stage("bench", 90, "gpu"),
-    Stage("sanitizer", 70, "gpu"),
-    Stage("model", 60, "gpu"),
+    Stage("kernels", 110, "gpu"),
+    Stage("bench", 65, "gpu"),
+    Stage("moe", 55, "gpu"),
+    Stage("sanitizer", 55, "gpu"),
+    Stage("model", 55, "gpu"),
 )
 
 
@@ -172,11 +173,12 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def figures(outcomes: list[Outcome]) -> dict[str, Any]:
-    """Bandwidth and benchmark rows of the stages' data."""
+    """Bandwidth and benchmark rows of the stages' data, those of the experts apart."""
     items = [one for outcome in outcomes for one in outcome.items if one["status"] == "ok"]
     copies = [one["data"] for one in items if one["item"].startswith("bandwidth:")]
     rows = [row for one in items if one["item"].startswith("bench:") for row in one["data"]]
-    return {"bandwidth": copies[0] if copies else None, "kernels": rows}
+    experts = [row for one in items if one["item"].startswith("moe:") for row in one["data"]]
+    return {"bandwidth": copies[0] if copies else None, "kernels": rows, "moe": experts}
 
 
 def document(machine: dict[str, Any], outcomes: list[Outcome], started: datetime) -> dict[str, Any]:
@@ -266,11 +268,15 @@ def main(arguments: list[str] | None = None) -> int:
         counts = ", ".join(f"{outcome.count(status)} {status}" for status in ("ok", "failed", "skipped"))
         print(f"{stage.name}: {counts}, {outcome.seconds:.1f} s", flush=True)
         write(path, document(machine, outcomes, started))
-    rows = figures(outcomes)["kernels"]
-    if rows:
+    found = figures(outcomes)
+    if found["kernels"]:
         from bench_kernels import table as bench_table
 
-        print(bench_table(rows))
+        print(bench_table(found["kernels"]))
+    if found["moe"]:
+        from bench_moe import table as moe_table
+
+        print(moe_table(found["moe"]))
     report(outcomes, machine)
     print(f"log: {runner.log}" + (f"; results: {path}" if path else ""))
     return 1 if any(outcome.count("failed") for outcome in outcomes) else 0

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kernel_parity
 import torch
 
 from ds4.doctor import Check, diagnose
@@ -20,8 +21,6 @@ from ds4.kernels.arch import device_facts
 from ds4.kernels.compiler import nvrtc_version
 
 Step = tuple[str, Callable[[], tuple[str, Any]]]
-PARITY_TOKENS = 512
-PROMPT = "Tell me a short story about a robot learning to paint."
 _CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,power.draw,temperature.gpu,persistence_mode"
 
 
@@ -92,7 +91,7 @@ def model(root: Path, skip: type[Exception]) -> Iterator[Step]:
     except Ds4Error as error:
         raise skip(str(error)) from None
     yield "verify.sh --device cuda", partial(verify, root)
-    yield f"greedy parity, {PARITY_TOKENS} tokens", parity
+    yield f"greedy parity, {kernel_parity.TOKENS} tokens", parity
 
 
 def verify(root: Path) -> tuple[str, Any]:
@@ -107,30 +106,11 @@ def verify(root: Path) -> tuple[str, Any]:
 
 
 def parity() -> tuple[str, Any]:
-    """Greedy decoding of the bundled model: CUDA, given the CPU's tokens, must prefer the same next one each time.
+    """Greedy decoding of the bundled model on CPU and CUDA (scripts/kernel_parity.py).
 
-    Raises AssertionError with the first step at which it does not.
+    Raises AssertionError with the first token that differs by more than the tolerance.
     """
-    from ds4 import LLM
-
-    models = [LLM(device=name) for name in ("cpu", "cuda")]
-    sessions = [model.session() for model in models]
-    tokenizer = models[0].tokenizer
-    if tokenizer is None:
-        raise AssertionError("the bundled model has no tokenizer")
-    ids = tokenizer.encode(PROMPT)
-    rows = [session.prefill(ids).cpu() for session in sessions]
-    worst, differing = 0.0, []
-    for step in range(PARITY_TOKENS):
-        choice = [int(row.argmax()) for row in rows]
-        worst = max(worst, float((rows[0] - rows[1]).abs().max()))
-        if choice[0] != choice[1]:
-            gap = float(rows[0][choice[0]] - rows[0][choice[1]])
-            differing.append(
-                f"step {step}: {choice[1]} instead of {choice[0]}, whose logit is {gap:.3g} higher on the CPU"
-            )
-        rows = [session.decode([choice[0]])[0].cpu() for session in sessions]
-    text = f"logits differ by {worst:.3g} at most"
-    if differing:
-        raise AssertionError(f"{len(differing)} of {PARITY_TOKENS} tokens differ, {differing[0]}; {text}")
-    return f"{PARITY_TOKENS} tokens agree, {text}", {"largest_difference": worst}
+    found = kernel_parity.parity()
+    if found.wrong:
+        raise AssertionError(f"{found.text()}; {found.wrong[0].text()}")
+    return found.text(), found.record()

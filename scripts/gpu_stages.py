@@ -24,9 +24,11 @@ from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import bench_moe
 import gpu_checks
 import gpu_compile
 import gpu_machine
+import moe_layers
 import torch
 from gpu_checks import CPU, GROUPS, cases_of
 
@@ -40,6 +42,8 @@ from ds4.kernels.verify import check_launches, check_tokens
 
 GPU_LOST = 4
 GPU = torch.device("cuda", 0)
+MOE = ("moe_up", "moe_down")  # what the stage "moe" measures
+MOE_S = 6  # seconds that a mixture takes there, generously
 
 
 class Skip(Exception):
@@ -151,21 +155,10 @@ def sanitizer_items(options: Options) -> Iterator[Item]:
 def sanitize(tool: str, name: str, options: Options) -> tuple[str, Any]:
     """Watch the probe kernel, which shows whether the tool works here, then the smoke cases."""
     for what, quick in (("probe", True), ("smoke cases", False)):
-        command = [
-            tool,
-            "--tool",
-            name,
-            "--error-exitcode",
-            "9",
-            "--print-limit",
-            "20",
-            sys.executable,
-            __file__,
-            "smoke",
-        ]
+        command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20", sys.executable, __file__]
         # Without torch's cache every tensor is an allocation of its own, and a step beyond it is seen.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command += ["--gpu", "--report", os.devnull, *(["--quick"] if quick else [])]
+        command += ["smoke", "--gpu", "--report", os.devnull, *(["--quick"] if quick else [])]
         left = max(1.0, options.end - time.monotonic()) if options.end < math.inf else None
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=left, check=False)
         print(done.stdout[-20000:], done.stderr[-5000:], flush=True)
@@ -204,10 +197,29 @@ def benchmark(operation: Operation) -> tuple[str, Any]:
 
 
 def bench_items(options: Options) -> Iterator[Item]:
-    """The bandwidth, then a table for every operation."""
+    """The bandwidth, then a table for every operation that has no stage of its own."""
     yield Item("bandwidth: copy and read", bandwidth)
     for operation in all_operations():
-        yield Item(f"bench: {operation.name}", partial(benchmark, operation))
+        if operation.name not in MOE:
+            yield Item(f"bench: {operation.name}", partial(benchmark, operation))
+
+
+def benchmark_moe(mixture: str, plan: moe_layers.Plan, end: float) -> tuple[str, Any]:
+    """The rows of a mixture of formats. Raises Skip where too little time is left."""
+    if time.monotonic() > end - MOE_S:
+        raise Skip(f"fewer than {MOE_S} s left")
+    rows = bench_moe.measure(mixture, plan, backend(False), GPU, copy_bandwidth()["copy_gb_s"])
+    print(bench_moe.table(rows), flush=True)
+    return bench_moe.table(rows).splitlines()[-1], rows
+
+
+def moe_items(options: Options) -> Iterator[Item]:
+    """The experts of a layer at the dimensions of V4-Flash, a table for every mixture of formats."""
+    plan = moe_layers.Plan(experts=16, n_toks=(1, 2)) if options.quick else moe_layers.Plan()
+    mixtures = list(moe_layers.MIXTURES)[: 1 if options.quick else None]
+    yield Item("compile: moe", partial(bench_moe.compile_kernels, mixtures, plan, device_facts(0).architecture))
+    for mixture in mixtures:
+        yield Item(f"moe: {mixture}", partial(benchmark_moe, mixture, plan, options.end))
 
 
 # Everything, by name. gpu_check.py says in which order, with which limits.
@@ -221,6 +233,7 @@ STAGES: dict[str, Callable[[Options], Iterator[Item]]] = {
     "emulation": emulation_items,
     "sanitizer": sanitizer_items,
     "bench": bench_items,
+    "moe": moe_items,
     "model": lambda options: (
         Item(f"model: {name}", run) for name, run in gpu_machine.model(Path(__file__).resolve().parents[1], Skip)
     ),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ds4.kernels.entry import Entry, KernelCall
 from ds4.kernels.signature import check_entry
 
 from .builder import MODES, Mode, kernel_library, toolchain_missing
 from .isolated import run_isolated, sanitizer_missing
-from .module import Module, Schedule
+from .module import Modules, Schedule
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class CpuBackend:
             run_isolated(calls, self.mode, schedule)
             return
         for call in calls:
-            _module(kernel_library(call.entry.path, call.constants, "plain")).launch(call, schedule)
+            _MODULES.get(kernel_library(call.entry.path, call.constants, "plain")).launch(call, schedule)
 
 
 def missing(mode: Mode = "plain") -> str | None:
@@ -65,6 +64,4 @@ def _check_once(entry: Entry) -> None:
     check_entry(entry)
 
 
-@functools.cache
-def _module(library: Path) -> Module:
-    return Module(library)
+_MODULES = Modules()

@@ -82,6 +82,10 @@ struct Context {
     stack = static_cast<char*>(map) + page;
     stack_bytes = kStackBytes;
   }
+  void free_stack() {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    if (munmap(stack - page, stack_bytes + page)) abort();
+  }
 
   // The next switch to this context calls `run`, which must not return.
   void start(void (*run)()) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import shutil
 import subprocess
@@ -75,10 +76,14 @@ def launch_config(call: KernelCall, schedule: Schedule) -> LaunchConfig:
 
 
 class Module:
-    """The kernels of one library; ``launch`` runs them to the end."""
+    """The kernels of one library; ``launch`` runs them to the end.
+
+    ``n_threads``: of the largest launch so far, whose stacks stay until :meth:`free`.
+    """
 
     def __init__(self, library: Path) -> None:
         self.library = library
+        self.n_threads = 0
         self._code = ctypes.CDLL(str(library))
         self._code.cuemu_error.restype = ctypes.c_char_p
 
@@ -87,10 +92,40 @@ class Module:
         config = launch_config(call, schedule)
         kernel = getattr(self._code, f"{call.entry.name}__cuemu")
         with _lock:
+            self.n_threads = max(self.n_threads, math.prod(call.block) * math.prod(call.cluster or (1,)))
             failed = kernel(ctypes.byref(config), ctypes.c_void_p(call.args.address))
             message = self._code.cuemu_error().decode() if failed else ""
         if failed:
             raise KernelError(f"{call.entry.name}: {with_places(message, self.library)}")
+
+    def free(self) -> None:
+        """Give the stacks back; the next launch makes new ones."""
+        with _lock:
+            self._code.cuemu_free()
+            self.n_threads = 0
+
+
+class Modules:
+    """The libraries that a process has loaded, each once. The stacks of those used least recently are given back: a
+    stack takes two of the 65,530 pieces that Linux lets a process have of its memory."""
+
+    MOST_THREADS = 12_000
+
+    def __init__(self) -> None:
+        self._loaded: dict[Path, Module] = {}
+
+    def get(self, library: Path) -> Module:
+        """The library, which counts as used."""
+        module = self._loaded.pop(library, None) or Module(library)
+        self._loaded[library] = module
+        total = sum(one.n_threads for one in self._loaded.values())
+        for one in self._loaded.values():  # in the order of use
+            if total <= self.MOST_THREADS or one is module:
+                break
+            total -= one.n_threads
+            if one.n_threads:
+                one.free()
+        return module
 
 
 def with_places(message: str, library: Path) -> str:

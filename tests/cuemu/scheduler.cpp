@@ -403,4 +403,9 @@ int cuemu_launch(void (*entry)(void*), void* arguments, const LaunchConfig* laun
 
 const char* cuemu_error() { return error.c_str(); }
 
+void cuemu_free() {
+  contexts.free_all();
+  fibers.clear();
+}
+
 }  // namespace cuemu

@@ -272,6 +272,11 @@ class ContextPool {
     if (next_ == end_) next_ = begin_;
     return all_[next_++].get();
   }
+  void free_all() {
+    for (auto& context : all_) context->free_stack();
+    all_.clear();
+    begin_ = end_ = next_ = 0;
+  }
 
  private:
   std::vector<std::unique_ptr<Context>> all_;

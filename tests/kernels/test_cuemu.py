@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from cuemu.backend import CpuBackend, missing
+from cuemu.builder import kernel_library
 from cuemu.calls import FIXTURES, kernel_call
-from cuemu.module import ORDERS
+from cuemu.module import ORDERS, Modules, Schedule
 from torch import Tensor
 
 from ds4.kernels.entry import KernelCall
@@ -186,3 +189,29 @@ def test_examples_are_clean_under(mode, order, capsys):
         assert_right(example)
     with capsys.disabled():
         print(f" {len(examples)} example kernels clean under {mode}, order {order} ")
+
+
+def test_stacks_are_given_back_and_made_again(monkeypatch, tmp_path):
+    """A process may load far more libraries than it may have stacks for."""
+
+    def mapped() -> int:
+        with open("/proc/self/maps") as maps:
+            return sum(1 for _ in maps)
+
+    modules = Modules()
+    # Copies: a library that is loaded already would be the same one, with stacks from other tests.
+    library = kernel_library(EXAMPLES, (), "plain")
+    first, second = (Path(shutil.copy(library, tmp_path / name)) for name in ("first.so", "second.so"))
+    example, schedule = rmsnorm(), Schedule("forward", 0, 60.0)
+    monkeypatch.setattr(Modules, "MOST_THREADS", 100)
+    before = mapped()
+    for _ in range(3):
+        module = modules.get(first)
+        for call in example.calls:
+            module.launch(call, schedule)
+        assert module.n_threads == 128
+        assert mapped() > before + 2 * 100
+        assert all((got - want).abs().max() <= tol for _, got, want, tol in example.results())
+        modules.get(second)  # leaves the first one's stacks, the oldest, no room
+        assert module.n_threads == 0
+        assert mapped() < before + 100

@@ -6,7 +6,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import gpu_compile
 import gpu_machine
 import gpu_stages
+import kernel_parity
 from cuemu.backend import CpuBackend, missing
 from gpu_stages import GPU_LOST, Item, Options, Skip
 
-import ds4
 from ds4 import engine
 from ds4.errors import CudaError, Ds4Error
 from ds4.kernels import registry
@@ -130,36 +129,13 @@ def test_the_model_is_skipped_where_the_engine_takes_no_cuda(monkeypatch):
     assert [name.split()[0] for name, _ in gpu_machine.model(Path(), Skip)] == ["verify.sh", "greedy"]
 
 
-@pytest.mark.parametrize("wrong_at", [None, 100])
-def test_greedy_parity(monkeypatch, wrong_at):
-    """Models in Python: the next token is the last one plus one; the wrong one prefers another at one position."""
-
-    class Session:
-        def __init__(self, wrong_at):
-            self.wrong_at, self.position = wrong_at, 0
-
-        def prefill(self, ids):
-            self.position = 0
-            return self.row(ids[-1])
-
-        def decode(self, ids):
-            self.position += 1
-            return self.row(ids[-1])[None]
-
-        def row(self, last):
-            row = torch.zeros(600)
-            row[(last + 1) % 600] = 1.0
-            if self.position == self.wrong_at:
-                row[0] = 1.25
-            return row
-
-    def model(device):
-        tokenizer = SimpleNamespace(encode=lambda text: [3, 4])
-        return SimpleNamespace(session=lambda: Session(wrong_at if device == "cuda" else None), tokenizer=tokenizer)
-
-    monkeypatch.setattr(ds4, "LLM", model, raising=False)
-    if wrong_at is None:
-        assert gpu_machine.parity() == ("512 tokens agree, logits differ by 0 at most", {"largest_difference": 0.0})
-    else:
-        with pytest.raises(AssertionError, match=r"1 of 512 tokens differ, step 100: 0 instead of 105.* 1\.25 at most"):
+@pytest.mark.parametrize("differing", [False, True])
+def test_greedy_parity(monkeypatch, differing):
+    found = kernel_parity.Parity(1, 0.01)
+    found.add(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0] if differing else [1.0, 0.0]))
+    monkeypatch.setattr(kernel_parity, "parity", lambda: found)
+    if differing:
+        with pytest.raises(AssertionError, match=r"0 of 1 next tokens agree.*; step 1: 1 instead of 0"):
             gpu_machine.parity()
+    else:
+        assert gpu_machine.parity() == (found.text(), found.record())

@@ -79,6 +79,7 @@ void* cuemu_cluster_map(const void* shared, unsigned rank);
 
 [[noreturn]] void cuemu_fail(const char* what);
 __attribute__((visibility("default"))) const char* cuemu_error();  // of the last launch of this library
+__attribute__((visibility("default"))) void cuemu_free();  // the stacks of this library's threads; none may be running
 int cuemu_launch(void (*kernel)(void*), void* arguments, const LaunchConfig* config);
 }
 
