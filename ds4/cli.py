@@ -7,7 +7,6 @@ so that help, the version and a mistyped option answer at once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -15,48 +14,16 @@ import click
 from ds4 import __version__
 from ds4.cli_bench import Mix, bench_command
 from ds4.cli_bench import Wanted as Bench
-from ds4.cli_common import MEMORY, TOKENS, Options, WholeRange, model_options, one_line, sampling_options
-from ds4.errors import CudaError, Ds4Error
-
-
-class OneLineErrors(click.Group):
-    """A group whose user errors are one line on standard error and exit code 2, without usage or traceback."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """As click's, but for how errors end the program."""
-        if not standalone_mode:
-            return super().main(args, prog_name, complete_var, False, **extra)
-        try:
-            code = super().main(args, prog_name, complete_var, False, **extra)
-            sys.exit(code if isinstance(code, int) else 0)
-        except click.ClickException as error:
-            message = error.format_message()
-        except Ds4Error as error:
-            message = str(error)
-        except CudaError as error:  # fatal: neither the GPU's state nor later results can be trusted
-            click.echo(f"ds4: error: CUDA: {one_line(str(error))}", err=True)
-            sys.exit(3)
-        except click.Abort:  # Ctrl-C, or the end of input where an answer was needed
-            sys.exit(130)
-        except RuntimeError as error:
-            kind = type(error).__name__  # torch's, which is not imported here
-            if kind == "AcceleratorError":
-                click.echo(f"ds4: error: CUDA: {one_line(str(error).splitlines()[0])}", err=True)
-                sys.exit(3)
-            if kind != "OutOfMemoryError":
-                raise
-            message = "device: out of GPU memory; choose a smaller --ctx, or --device cpu"
-        except OSError as error:  # a file that cannot be read, a disk that is full
-            message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-        click.echo(f"ds4: error: {one_line(message)}", err=True)
-        sys.exit(2)
+from ds4.cli_common import (
+    MEMORY,
+    TOKENS,
+    Options,
+    WholeRange,
+    draft_options,
+    model_options,
+    sampling_options,
+)
+from ds4.cli_errors import OneLineErrors
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -90,19 +57,29 @@ def main(context: click.Context) -> None:
 @main.command()
 @click.argument("prompt", required=False)
 @model_options
+@draft_options
 @sampling_options
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it is, without the chat format.")
+@click.option("--session", metavar="FILE", help="Go on from the session in FILE, and keep it there afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, token ids and statistics.")
-def generate(prompt: str | None, raw: bool, as_json: bool, **options: Any) -> None:
+def generate(prompt: str | None, raw: bool, session: str | None, as_json: bool, **options: Any) -> None:
     """Answer a prompt.
 
     PROMPT is read from standard input if it is left out or is "-"; one newline at its end is not part of the prompt.
     The text streams to standard output, statistics go to standard error. Ctrl-C stops the answer (exit code 130).
 
+    With --session only the part of PROMPT is processed that is not in FILE yet; "cached" in the statistics says how
+    much was. PROMPT has to begin with all of its tokens, but for the last 8 at most; else FILE starts anew.
+
+    With --draft a small head of the checkpoint guesses the next tokens and the model checks them in one step. At
+    temperature 0 the text stays the same, token for token; above it the distribution does.
+
     \b
     Examples:
       ds4 generate "Tell me a short story about a robot learning to paint." -n 400
       ds4 generate -m model.gguf --temp 0.7 --top-p 0.95 --seed 1 < question.txt
+      ds4 generate --raw --session tale.ds4 < tale.txt
+      ds4 generate --draft 1 "Tell me a story about a lighthouse." --json
     """
     from ds4.cli_answer import generate_command
 
@@ -112,7 +89,7 @@ def generate(prompt: str | None, raw: bool, as_json: bool, **options: Any) -> No
             if used:
                 raise click.UsageError(f"--raw has no chat format, so {name} cannot be used with it")
     text = _read_prompt(prompt)
-    generate_command(text, chosen, raw=raw, as_json=as_json)
+    generate_command(text, chosen, raw=raw, as_json=as_json, session=session)
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -134,6 +111,7 @@ def _read_prompt(prompt: str | None) -> str:
 
 @main.command()
 @model_options
+@draft_options
 @sampling_options
 def chat(**options: Any) -> None:
     """Talk with the model.
@@ -259,6 +237,31 @@ def bench(**options: Any) -> None:
     if asked[0] != "dispatch" and (options["mix"] or options["run"]):
         raise click.UsageError("--mix and --run belong to --dispatch")
     bench_command(Bench(**options))
+
+
+@main.command()
+@click.option("--one-answer", is_flag=True, help="Compare every way to decode with plain decoding, bit for bit.")
+@click.option("-m", "--model", metavar="PATH", help="Checkpoint or hub name; the bundled small model if left out.")
+@click.option("--draft-model", metavar="PATH", help="Draft head in a file of its own, or its hub name.")
+@click.option("--tokens", type=WholeRange(1), default=50_000, metavar="N", help="Compare at least N tokens (50000).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(one_answer: bool, **wanted: Any) -> int:
+    """Prove that the answer does not depend on how it was computed.
+
+    --one-answer decodes prompts of several kinds and lengths with every draft length, with drafts that are wrong on
+    purpose, with prompts cut into chunks, after undone tokens and from a saved session, and compares all tokens and
+    logits with plain decoding. Exit code 1 on any difference.
+
+    
+    Examples:
+      ds4 verify --one-answer
+      ds4 verify --one-answer -m model.gguf --tokens 2000 --json
+    """
+    if not one_answer:
+        raise click.UsageError("choose what to verify: --one-answer")
+    from ds4.cli_verify import verify_command
+
+    return verify_command(**wanted)
 
 
 @main.command()

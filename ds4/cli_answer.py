@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds4.cli_common import Options, ProgressBar, load_llm
+from ds4.cli_session import SessionFile
 
 if TYPE_CHECKING:
     from ds4.engine import LLM, Session, Statistics
+    from ds4.speculation import DraftStatistics
 
 _IMPORTED_AT = time.monotonic()
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
@@ -136,7 +138,18 @@ def statistics_lines(statistics: Statistics, since_start: float | None = None) -
         f"first token after {first}",
         f"{s.generated_tokens} tokens generated, {s.tokens_per_second:.1f} tokens/s ({s.finish_reason}); "
         f"peak memory {s.peak_memory_bytes / 2**20:,.0f} MiB",
+        *([draft_line(s.draft)] if s.draft is not None else []),
     ]
+
+
+def draft_line(draft: DraftStatistics) -> str:
+    """What drafting brought."""
+    gain = f"; estimated {draft.gain:.2f}x plain decoding" if draft.gain is not None else ""
+    ended = f"; ended after {draft.stopped_after} tokens: it did not pay" if draft.stopped_after is not None else ""
+    return (
+        f"draft {draft.mode}: {draft.accepted} of {draft.drafted} drafted tokens accepted, "
+        f"{draft.tokens_per_step:.2f} tokens a step{gain}{ended}"
+    )
 
 
 def print_statistics(statistics: Statistics | None, since_start: float | None = None) -> None:
@@ -158,19 +171,29 @@ def process_age() -> float:
 # ds4 generate
 
 
-def generate_command(prompt: str, options: Options, *, raw: bool, as_json: bool) -> None:
-    """Run ``ds4 generate``; exits with 130 after an interruption."""
+def generate_command(prompt: str, options: Options, *, raw: bool, as_json: bool, session: str | None = None) -> None:
+    """Run ``ds4 generate``; ``session`` names its file. Exits with 130 after an interruption."""
     options.sampling_params()  # whatever is wrong with them shows before a model is loaded
+    file = None if session is None else SessionFile(session)
     llm = load_llm(options)
     printer = Printer()
-    messages = prompt if raw else [*options.first_messages(), {"role": "user", "content": prompt}]
+    think, effort = options.think, options.effort
+    wanted: str | list[dict[str, Any]] | list[int] = (
+        prompt if raw else [*options.first_messages(), {"role": "user", "content": prompt}]
+    )
+    kept = None
+    if file is not None:
+        wanted = ids = llm.encode_prompt(wanted, thinking=think, raw=raw, reasoning_effort=effort)
+        kept = file.load(llm, ids)
     show = (lambda kind, text: None) if as_json else printer.show
-    answer = stream_answer(llm, messages, options, think=options.think, effort=options.effort, show=show, raw=raw)
+    answer = stream_answer(llm, wanted, options, think=think, effort=effort, show=show, raw=raw, session=kept)
     if as_json:
         click.echo(json.dumps(_record(llm, prompt, options, answer), ensure_ascii=True))
     else:
         printer.end()
         print_statistics(answer.statistics, answer.seconds_to_first_token)
+    if file is not None and kept is not None and answer.statistics is not None:
+        file.save(kept, quiet=as_json)
     if answer.interrupted:
         sys.exit(130)
 

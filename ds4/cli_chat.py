@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,9 @@ import click
 
 from ds4.cli_answer import Printer, print_statistics, stream_answer
 from ds4.cli_common import Options, one_line
+from ds4.cli_session import Talk, load_talk, save_talk, say
 from ds4.errors import Ds4Error
+from ds4.replacing import replacing
 
 if TYPE_CHECKING:
     from ds4.engine import LLM, Session
@@ -24,7 +24,9 @@ HELP = """\
 /think [EFFORT]  reason before answering (EFFORT: low, high or max)
 /nothink         answer at once
 /reset           forget the conversation
-/save FILE       write the conversation as JSON
+/save FILE       keep the conversation in a file
+                 (FILE.json: only its text, as JSON)
+/load FILE       go on with a conversation that was kept
 /quit            leave (also Ctrl-D)
 Ctrl-C stops an answer; what was said until then stays in the conversation."""
 
@@ -49,7 +51,7 @@ class Conversation:
             import readline  # noqa: F401 - line editing and history for input()
         terminal = sys.stdin.isatty()
         if terminal:
-            self._say(f"{self.llm.path}: /help lists the commands, Ctrl-D quits")
+            say(f"{self.llm.path}: /help lists the commands, Ctrl-D quits")
         while True:
             try:
                 line = input("> " if terminal else "").strip()
@@ -83,17 +85,21 @@ class Conversation:
             if argument not in ("", "low", "high", "max"):
                 raise Ds4Error(f"/think takes low, high or max, not {argument}")
             self.think, self.effort = True, argument or self.effort
-            self._say(f"reasoning is on, effort {self.effort}" if self.effort else "reasoning is on")
+            say(f"reasoning is on, effort {self.effort}" if self.effort else "reasoning is on")
         elif name == "/nothink":
             self.think, self.effort = False, None
-            self._say("reasoning is off")
+            say("reasoning is off")
         elif name == "/reset":
-            self.messages, self.spoken = self.options.first_messages(), []
-            self._say("the conversation is forgotten")
+            self.messages, self.spoken, self.session = self.options.first_messages(), [], None
+            say("the conversation is forgotten")
         elif name == "/save":
             if not argument:
                 raise Ds4Error("/save needs the name of a file")
             self.save(Path(argument).expanduser())
+        elif name == "/load":
+            if not argument:
+                raise Ds4Error("/load needs the name of a file")
+            self.load(Path(argument).expanduser())
         else:
             raise Ds4Error(f"unknown command {name}; /help lists the commands")
 
@@ -158,34 +164,36 @@ class Conversation:
         return self.session
 
     def save(self, path: Path) -> None:
-        """Write the conversation to ``path``: whole or not at all."""
+        """Write the conversation to ``path``, whole or not at all: its text to x.json, else text and session."""
+        if path.suffix == ".json":
+            self._save_text(path)
+            return
+        session = self.session if self.session is not None else self.llm.session()
+        n = session.position
+        unprocessed = self.spoken[n:] if self.spoken and self.spoken[:n] == session.ids else None
+        save_talk(session, path, Talk(self.messages, self.think, self.effort, unprocessed))
+
+    def _save_text(self, path: Path) -> None:
         record = {"model": str(self.llm.path), "messages": self.messages}
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         try:
             write_atomically(path, text)
         except OSError as error:
             raise Ds4Error(f"{path}: {error.strerror or error}") from None
-        self._say(f"{len(self.messages)} messages saved to {path}")
+        say(f"{len(self.messages)} messages saved to {path}")
 
-    def _say(self, message: str) -> None:
-        click.secho(message, err=True, dim=True)
+    def load(self, path: Path) -> None:
+        """Go on with the conversation in ``path``; the one so far stays if that fails."""
+        session, talk = load_talk(self.llm, path)
+        self.session, self.messages, self.think, self.effort = session, talk.messages, talk.think, talk.effort
+        self.spoken = [] if talk.unprocessed is None else session.ids + talk.unprocessed
+        say(f"{len(self.messages)} messages loaded from {path}, {session.position} tokens")
 
     def _complain(self, message: str) -> None:
         click.echo(f"ds4: error: {one_line(message)}", err=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and move it there, so that ``path`` is never half-written."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    """Write ``text`` to ``path``, which is never half-written. Raises OSError."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")

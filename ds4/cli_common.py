@@ -100,6 +100,17 @@ class Quantity(click.ParamType):
         return "96GB or 128GiB" if "gib" in self.units else "32k or 1M"
 
 
+class Draft(click.ParamType):
+    """How many tokens to draft: what ds4.draft_length takes."""
+
+    name = "draft length"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in ("auto", "off") and not re.fullmatch("[0-7]", value):
+            self.fail(f"{value!r} is not auto, off or a number from 0 to 7", param, ctx)
+        return value
+
+
 MEMORY = Quantity("size of memory", {"": 1, "mb": 10**6, "gb": 10**9, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40})
 TOKENS = Quantity("number of tokens", {"": 1, "k": 1 << 10, "m": 1 << 20})
 
@@ -122,6 +133,17 @@ model_options = _with_options(
     click.option(
         "--numerics", type=click.Choice(["official", "serve", "exact"]), help="Which roundings to imitate (serve)."
     ),
+)
+
+draft_options = _with_options(
+    click.option(
+        "--draft",
+        type=Draft(),
+        default="auto",
+        metavar="K|auto|off",
+        help="Tokens to draft ahead, 1 to 7; auto (default): as many as pay, if there is a draft head.",
+    ),
+    click.option("--draft-model", metavar="PATH", help="Draft head in a file of its own, or its hub name."),
 )
 
 # The ranges are those of SamplingParams.
@@ -175,8 +197,12 @@ class Options:
     think: bool
     effort: str | None
     system: str | None
+    draft: str = "auto"
+    draft_model: str | None = None
 
     def __post_init__(self) -> None:
+        if self.draft_model is not None and self.draft in ("off", "0"):
+            raise click.UsageError("--draft-model needs a draft: leave out --draft off")
         if self.effort is not None and not self.think:
             raise click.UsageError("--effort needs --think")
         if self.system is not None and any("\ud800" <= char <= "\udfff" for char in self.system):
@@ -207,6 +233,14 @@ def load_llm(options: Options) -> LLM:
 
     bar = ProgressBar("loading the weights", bytes_done=True)
     try:
-        return LLM(options.model, device=options.device, ctx=options.ctx, numerics=options.numerics, on_load=bar.update)
+        return LLM(
+            options.model,
+            device=options.device,
+            ctx=options.ctx,
+            numerics=options.numerics,
+            draft=options.draft,
+            draft_model=options.draft_model,
+            on_load=bar.update,
+        )
     finally:
         bar.close()

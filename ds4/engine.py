@@ -1,75 +1,36 @@
-"""LLM and Session: loading, prefill, the decode loop, streaming, statistics."""
+"""LLM: a loaded model, its sessions and its answers."""
 
 from __future__ import annotations
 
 import operator
 import os
-import resource
-import sys
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
 
 from ds4 import hub
 from ds4.demo import bundled_model_path
+from ds4.draft_length import AUTO, Costs, DraftLength, draft_length
 from ds4.errors import Ds4Error
+from ds4.generation import Answer, Piece, Statistics, peak_memory_bytes
 from ds4.kernels.cuda_backend import backend_for
 from ds4.kernels.entry import Backend
 from ds4.kernels.numerics import DEFAULT_GROUP, GROUPS, Numerics, resolve
 from ds4.kv.spec import cache_bytes
 from ds4.model.device_params import DeviceParams
 from ds4.model.transformer import Transformer
-from ds4.sampling import Sampler, SamplingParams
+from ds4.mtp.drafter import Drafter
+from ds4.mtp.heads import draft_head
+from ds4.sampling import SamplingParams
 from ds4.session import Progress, Session, explained_memory
 from ds4.text.chat import chat_generation, encode_messages
 from ds4.text.templates import Generation
-from ds4.text.tokenizer import StreamDecoder, Tokenizer
+from ds4.text.tokenizer import Tokenizer
 from ds4.weights import open_checkpoint
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that has become complete, and the tokens that completed it (text may be empty inside a character)."""
-
-    text: str
-    token_ids: list[int]
-
-
-@dataclass
-class Statistics:
-    """What a generation cost. Times in seconds, sizes in bytes."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    finish_reason: str = "length"
-    peak_memory_bytes: int = 0
-    weights_bytes: int = 0
-    token_ids: list[int] = field(default_factory=list)
-
-    @property
-    def prompt_tokens_per_second(self) -> float:
-        """Prompt tokens processed (cached ones left out) per second; 0 when there was nothing to do."""
-        done = self.prompt_tokens - self.cached_tokens
-        return done / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decode steps per second; the first token comes from the prefill and is not counted."""
-        steps = self.generated_tokens - 1
-        return steps / self.decode_seconds if steps > 0 and self.decode_seconds else 0.0
-
-    def to_dict(self) -> dict[str, object]:
-        out = asdict(self)
-        out["prompt_tokens_per_second"] = self.prompt_tokens_per_second
-        out["tokens_per_second"] = self.tokens_per_second
-        return out
+__all__ = ["LLM", "Piece", "Progress", "Session", "Statistics"]
 
 
 def resolve_device(device: str) -> str:
@@ -98,6 +59,8 @@ class LLM:
     which is what lets them be stored packed), "official" (every rounding of the official code) or "exact" (none).
     ``device``: "cuda" loads the weights onto the GPU, calling ``on_load(bytes done, bytes in all)``, and decodes with
     ds4's kernels; "cpu" leaves them in the file.
+    ``draft``: tokens to draft ahead of each step, 1 to 7; "auto" (default) drafts as many as pay, if the checkpoint has
+    a draft head; "off" or 0 never does. ``draft_model``: a draft head in a file of its own. A GPU drafts nothing yet.
     """
 
     def __init__(
@@ -107,21 +70,55 @@ class LLM:
         device: str = "auto",
         ctx: int = 8192,
         numerics: str | Numerics | None = None,
-        draft: int = 0,
+        draft: int | str = AUTO,
+        draft_model: str | os.PathLike[str] | None = None,
         on_load: Progress | None = None,
     ) -> None:
         self.device = resolve_device(device)
-        if draft:
-            raise Ds4Error(f"draft: this version has no speculative decoding yet; use 0 instead of {draft}")
+        self.draft = self._check_draft(draft, draft_model is not None)
         self.path = hub.local_path(path) if path is not None else bundled_model_path()
         self.numerics = resolve(numerics)
-        self.checkpoint = open_checkpoint(self.path)
+        head_path = hub.local_path(draft_model) if draft_model is not None else None
+        self.checkpoint = open_checkpoint(self.path, head_path, replace_draft=True)
         self.config = self.checkpoint.config
         self.ctx = self._check_ctx(ctx)
         self.backend: Backend | None = None
         self.model = self._load_on_gpu(on_load) if self.device == "cuda" else self._load()
+        self._make_drafter: Callable[[], Drafter] | None = None
+        if self.draft:
+            self._make_drafter = draft_head(self.model, self.checkpoint)
+            self.draft = self._resolve_length(self.draft)
+        self._costs = Costs()
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_known = False
+
+    def _check_draft(self, draft: int | str, from_file: bool) -> DraftLength:
+        """What was asked for, as far as it can be done on this device."""
+        length = draft_length(draft)
+        if from_file and length == 0:
+            raise Ds4Error("draft: it is off, so the draft model would not be used; leave out one of them")
+        if self.device == "cuda":
+            if from_file or length not in (0, AUTO):
+                raise Ds4Error("draft: drafting on a GPU comes later; use --draft off")
+            return 0
+        return length
+
+    def _resolve_length(self, length: DraftLength) -> DraftLength:
+        """``length``, or 0 where AUTO finds no head. Raises Ds4Error for a number that cannot be drafted."""
+        drafter = self.new_drafter()
+        if length == AUTO:
+            return AUTO if drafter is not None else 0
+        if drafter is None and length:
+            if self.config.n_mtp_layers:
+                raise Ds4Error("draft: the model was loaded without its draft head; load it with draft='auto'")
+            raise Ds4Error(f"draft: {self.path} has no draft head; give one with --draft-model, or use --draft off")
+        if drafter is not None and length > drafter.max_tokens:
+            raise Ds4Error(f"draft: this draft head drafts at most {drafter.max_tokens} tokens, {length} were wanted")
+        return length
+
+    def new_drafter(self) -> Drafter | None:
+        """The draft head at work on a new text; None where nothing is drafted."""
+        return self._make_drafter() if self._make_drafter is not None else None
 
     def _load(self) -> Transformer:
         return Transformer(self.config, self.checkpoint, self.numerics)
@@ -163,6 +160,16 @@ class LLM:
     def session(self, ctx: int | None = None) -> Session:
         """A new empty session for up to ``ctx`` tokens (default: the model's own ``ctx``)."""
         return Session(self, self._check_ctx(self.ctx if ctx is None else ctx))
+
+    def load_session(self, path: str | os.PathLike[str], ctx: int | None = None) -> Session:
+        """A session that ``Session.save`` wrote, as it was, for up to ``ctx`` tokens (default: the model's own).
+
+        It goes on bit for bit as if it had never been interrupted, with as many tokens to undo. Raises Ds4Error for a
+        file of another checkpoint, other numerics or another version, a damaged one, and a context that is too small.
+        """
+        from ds4 import store  # and safetensors with it: only where a session is loaded
+
+        return store.Saved(path).session(self, ctx)
 
     def session_bytes(self, ctx: int | None = None) -> int:
         """Bytes of state that a session of this capacity allocates."""
@@ -209,61 +216,31 @@ class LLM:
         reasoning_effort: str | None = None,
         session: Session | None = None,
         progress: Progress | None = None,
+        draft: int | str | None = None,
     ) -> Generator[Piece | Statistics, None, None]:
         """Yield pieces of text with their token ids as they come, then one :class:`Statistics` (also after Ctrl-C).
 
-        A ``session`` whose tokens begin the prompt is continued: only the rest is processed. On a GPU the environment
+        A ``session`` whose tokens begin the prompt is continued: only the rest is processed. ``draft`` takes the place
+        of the model's own setting for this answer. On a GPU the environment
         variable DS4_PROFILE (ds4.profiling.environment) adds a table of times on standard error. Raises Ds4Error for a
         prompt that does not fit; generation that reaches the end of the context stops with reason "length".
         """
         started = time.perf_counter()
         params = params or SamplingParams()
+        length = self.draft if draft is None else self._resolve_length(self._check_draft(draft, False))
         ids = self.encode_prompt(prompt, thinking=thinking, raw=raw, reasoning_effort=reasoning_effort)
         if not ids:
             raise Ds4Error("prompt: it is empty; give some text")
-        session = session if session is not None else self.session()
-        stats = Statistics(prompt_tokens=len(ids), weights_bytes=self.checkpoint.total_bytes)
-        stats.cached_tokens = session.position
+        if session is None:
+            session = self.session()
+            if length == 0:  # nobody will draft in it later
+                session.drafter = None
         if session.ids != ids[: session.position] or session.position == len(ids):
             raise ValueError("the session's tokens are not a proper beginning of the prompt")
         stop = set(params.stop_token_ids) | (self.tokenizer.stop_ids if self.tokenizer else {self.config.eos_token_id})
-        decoder = StreamDecoder(self.tokenizer, skip_special=True) if self.tokenizer else None
-        n_known = self.tokenizer.n_vocab if self.tokenizer else 0  # the model's vocabulary may be padded beyond it
-        sampler = Sampler(params)
-        history = list(ids)
-        decode_started = time.perf_counter()
-        try:
-            logits = session.prefill(ids[session.position :], progress=progress)
-            stats.prefill_seconds = time.perf_counter() - started
-            while True:
-                token = sampler.sample(logits.cpu(), history)
-                if not stats.generated_tokens:
-                    stats.first_token_seconds = time.perf_counter() - started
-                    decode_started = time.perf_counter()
-                stats.generated_tokens += 1
-                stats.token_ids.append(token)
-                history.append(token)
-                if token in stop:
-                    stats.finish_reason = "stop"
-                    break
-                yield Piece(decoder.push(token) if decoder and token < n_known else "", [token])
-                if stats.generated_tokens >= params.max_tokens or session.position >= session.ctx:
-                    break
-                logits = session.decode([token])[0]
-        except KeyboardInterrupt:
-            stats.finish_reason = "interrupted"
-        finally:
-            if stats.generated_tokens:
-                stats.decode_seconds = time.perf_counter() - decode_started
-        tail = decoder.flush() if decoder else ""
-        if tail:
-            yield Piece(tail, [])
-        stats.peak_memory_bytes = peak_memory_bytes()
+        answer = Answer(session, ids, params, stop, self.tokenizer, length, self._costs)
+        yield from answer.pieces(progress, started)
+        answer.statistics.weights_bytes = self.checkpoint.total_bytes
+        answer.statistics.peak_memory_bytes = peak_memory_bytes()
         session.print_profile()
-        yield stats
-
-
-def peak_memory_bytes() -> int:
-    """Highest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        yield answer.statistics

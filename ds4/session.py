@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from ds4.errors import Ds4Error
 from ds4.kernels.launch import DECODE_ROWS
+from ds4.mtp.drafter import Draft
 from ds4.profiling.environment import decoder_for, print_report
+from ds4.sampling import Sampler
 
 if TYPE_CHECKING:
     from ds4.engine import LLM
@@ -33,15 +36,33 @@ def explained_memory(what: str) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For decode steps and drafts: matrix-vector products gain nothing from a second thread, small operations lose."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Session:
     """One text in progress: its tokens, its state, and where it stands.
 
     At temperature 0 the results do not depend on how the prompt was chunked, on how many tokens a decode step took, or
     on tokens that were undone: bit for bit (design.md, "Two forms").
+
+    drafter  is shown every token and proposes the next ones; None where nothing is drafted. Another one can take its
+             place while the session is empty.
     """
 
     def __init__(self, llm: LLM, ctx: int) -> None:
         self.llm = llm
+        self.drafter = llm.new_drafter()
         self.ctx = ctx
         self.ids: list[int] = []
         with explained_memory(f"a context of {ctx} tokens; choose a smaller --ctx"):
@@ -85,13 +106,14 @@ class Session:
             for i in range(0, len(ids), step):
                 part = ids[i : i + step]
                 on_tile = partial(_report, progress, i, len(ids)) if progress else None
-                logits = self.llm.model.prefill(part, self.position, self.cache, on_tile=on_tile)
+                logits = self.llm.model.prefill(part, self.position, self.cache, on_tile=on_tile, observer=self.drafter)
                 self.ids += part
         except BaseException:  # rings have lost what the old position needs; position 0 needs nothing of them
             self.ids.clear()
+            self._highest = 0
+            self._drafter_back()
             raise
-        finally:
-            self._highest = self.position
+        self._highest = max(self._highest, self.position)
         if progress is not None:
             progress(len(ids), len(ids))
         return logits
@@ -102,34 +124,60 @@ class Session:
         ids = self._check(ids)
         if len(ids) > DECODE_ROWS:
             raise ValueError(f"a decode step takes at most {DECODE_ROWS} tokens, got {len(ids)}")
+        self._highest = max(self._highest, self.position + len(ids))  # rows are there even if it is broken off
         if self._decoder is not None:
             logits = self._decoder.decode(ids, self.position)
         else:
-            logits = self._decode_torch(ids)
+            try:
+                with one_thread():
+                    logits = self.llm.model.decode(ids, self.position, self.cache, self.drafter)
+            except BaseException:
+                self._drafter_back()
+                raise
         self.ids += ids
-        self._highest = self.position
         return logits
 
-    def _decode_torch(self, ids: list[int]) -> Tensor:
-        threads = torch.get_num_threads()
-        # Matrix-vector products gain nothing from a second thread, and the small operations between them lose.
-        torch.set_num_threads(1)
-        try:
-            return self.llm.model.decode(ids, self.position, self.cache)
-        finally:
-            torch.set_num_threads(threads)
+    def _drafter_back(self) -> None:
+        """The drafter may have been shown tokens of a step that then failed."""
+        if self.drafter is not None and self.drafter.position > self.position:
+            self.drafter.rewind(self.position)
+
+    def draft(self, history: Sequence[int], k: int, sampler: Sampler) -> Draft:
+        """Up to ``k`` proposed tokens behind ``history``, which is ``ids`` and one token more; none without a drafter.
+
+        ``sampler`` is the one that will choose (ds4/mtp/drafter.py).
+        """
+        if self.drafter is None or k < 1:
+            return Draft()
+        with one_thread():
+            return self.drafter.draft(history, k, sampler)
 
     def print_profile(self) -> None:
         """The table that DS4_PROFILE asks for (ds4.profiling.environment), on standard error; nothing without it."""
         print_report(self._decoder, self.llm.checkpoint)
 
+    @property
+    def undoable(self) -> int:
+        """How many tokens ``rewind`` can undo now."""
+        return min(self.cache.max_draft - (self._highest - self.position), self.position)
+
     def rewind(self, n: int) -> None:
-        """Undo the last ``n`` tokens. All rewinds since the last processed token together may undo ``max_draft``."""
-        limit = self.cache.max_draft - (self._highest - self.position)
-        if not 0 <= n <= min(limit, self.position):
-            raise ValueError(f"can undo at most {min(limit, self.position)} more tokens here, asked for {n}")
+        """Undo the last ``n`` tokens, at most so that the furthest token ever processed is ``max_draft`` ahead.
+
+        Tokens that were undone count as processed: their rows have taken the place of older ones. Raises ValueError.
+        """
+        if not 0 <= n <= self.undoable:
+            raise ValueError(f"can undo at most {self.undoable} more tokens here, asked for {n}")
         if n:
             del self.ids[-n:]
+            if self.drafter is not None:
+                self.drafter.rewind(self.position)
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the session to a file for ``LLM.load_session``; bytes written (ds4/store.py). Raises Ds4Error."""
+        from ds4 import store  # and safetensors with it: only where a session is saved
+
+        return store.save(self, path)
 
 
 def _report(progress: Progress, before: int, total: int, done: int) -> None:

@@ -35,6 +35,7 @@ class Statistics:
     token_ids: list[int] = field(default_factory=list)
     peak_memory_bytes: int = 300 * 2**20
     weights_bytes: int = 18_000_000
+    draft: Any = None
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -71,10 +72,13 @@ class LLM:
     tokenizer: Any = object()
     made: list[LLM] = []  # noqa: RUF012
 
-    def __init__(self, path=None, *, device="auto", ctx=8192, numerics=None, draft=0, on_load=None) -> None:
+    def __init__(
+        self, path=None, *, device="auto", ctx=8192, numerics=None, draft="auto", draft_model=None, on_load=None
+    ) -> None:
         if self.load_error:
             raise self.load_error
         self.options = {"path": path, "device": device, "ctx": ctx, "numerics": numerics, "draft": draft}
+        self.options["draft_model"] = draft_model
         self.path, self.device = Path(path or "bundled.gguf"), "cpu"
         self.ids: dict[str, int] = {}
         self.config = types.SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS)

@@ -18,6 +18,7 @@ from ds4 import cli_answer
 from ds4.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
+DRAFT = {"draft": "auto", "draft_model": None}
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_generate_streams_text_and_prints_statistics(engine):
     for word in ("14 prompt tokens, 28.0 tokens/s", "s from the start", "2 tokens generated, 20.0 tokens/s", "300 MiB"):
         assert word in result.stderr
     [made] = llm.made
-    assert made.options == {"path": None, "device": "auto", "ctx": 8192, "numerics": None, "draft": 0}
+    assert made.options == {"path": None, "device": "auto", "ctx": 8192, "numerics": None, **DRAFT}
     [call] = made.calls
     assert call["prompt"] == [{"role": "user", "content": "Capital of France?"}]
     assert (call["thinking"], call["raw"], call["effort"], call["session"]) == (False, False, None, None)
@@ -97,15 +98,46 @@ def test_generate_streams_text_and_prints_statistics(engine):
 def test_generate_passes_every_option_on(engine):
     llm = engine()
     options = "-m some.gguf --ctx 99 --device cpu --numerics exact -n 7 --temp 0.5 --top-k 3 --top-p 0.9 --min-p 0.1"
-    options += " --repeat-penalty 1.1 --seed 5 --think --effort max"
+    options += " --repeat-penalty 1.1 --seed 5 --think --effort max --draft 3 --draft-model head.gguf"
     result = run("generate", "hi", *options.split())
     assert result.exit_code == 0
     [made] = llm.made
-    assert made.options == {"path": "some.gguf", "device": "cpu", "ctx": 99, "numerics": "exact", "draft": 0}
+    given = {"draft": "3", "draft_model": "head.gguf"}
+    assert made.options == {"path": "some.gguf", "device": "cpu", "ctx": 99, "numerics": "exact", **given}
     [call] = made.calls
     p = call["params"]
     assert (p.max_tokens, p.temperature, p.top_k, p.top_p, p.min_p) == (7, 0.5, 3, 0.9, 0.1)
     assert (p.repetition_penalty, p.seed, call["thinking"], call["effort"]) == (1.1, 5, True, "max")
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--draft", "8"], "'8' is not auto, off or a number from 0 to 7"),
+        (["--draft", "fast"], "'fast' is not auto, off or a number from 0 to 7"),
+        (["--draft", "off", "--draft-model", "x"], "--draft-model needs a draft"),
+    ],
+)
+def test_bad_draft_options_are_one_line(engine, command, options, words):
+    result = run(*command, *options)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+
+
+def test_what_drafting_brought_is_one_more_line():
+    from ds4.speculation import DraftStatistics
+
+    d = DraftStatistics("auto", 90, 120, 100, 200, 1.0, {1: 10, 2: 90}, {1: 1.0, 2: 10.0}, 0.1)
+    assert cli_answer.draft_line(d) == (
+        "draft auto: 100 of 120 drafted tokens accepted, 2.00 tokens a step; estimated 1.67x plain decoding"
+    )
+    d.plain_seconds, d.stopped_after = None, 30
+    assert cli_answer.draft_line(d).endswith("2.00 tokens a step; ended after 30 tokens: it did not pay")
+    statistics = fake_engine.Statistics(draft=d)
+    assert cli_answer.statistics_lines(statistics)[2:] == [cli_answer.draft_line(d)]
+    assert len(cli_answer.statistics_lines(fake_engine.Statistics())) == 2
 
 
 def test_generate_system_message(engine):

@@ -346,7 +346,8 @@ def test_tokens_that_the_tokenizer_lacks_have_no_text(tiny: LLM, monkeypatch: py
     [
         ({"numerics": "fast"}, "numerics: unknown group 'fast'; choose one of official, serve, exact"),
         ({"device": "tpu"}, "device: 'tpu' is not one of auto, cpu, cuda"),
-        ({"draft": 2}, "draft: .* use 0 instead of 2"),
+        ({"draft": 9}, "draft: 9 is not auto, off or a number from 0 to 7"),
+        ({"draft": 2}, "draft: .* has no draft head"),
         ({"ctx": 0}, "ctx: 0 is outside 1 to"),
     ],
 )

@@ -50,6 +50,7 @@ def test_questions_of_the_correctness_gate(emulated: Counting) -> None:
     loaded: list[tuple[int, int]] = []
     llm = LLM(device="cuda", ctx=256, on_load=lambda done, total: loaded.append((done, total)))
     assert loaded
+    assert (llm.draft, llm.session().drafter) == (0, None)
     for prompt, want in (("What is 2+2? One word.", "Four"), ("What is the capital of France? One word.", "Paris")):
         before = emulated.launches
         text, statistics = answer(llm, prompt, 12)

@@ -35,11 +35,12 @@ ALLOWED = {
     "sampling": set(),
     "demo": set(),
     "hub": set(),
+    "replacing": set(),
     "fit": {"kv", "config"},
     "doctor": {"engine", "kernels"},
     "engine": {
         *("profiling", "graph", "mtp", "model", "kernels", "kv", "weights", "config"),
-        *("text", "sampling", "demo", "hub"),
+        *("text", "sampling", "demo", "hub", "replacing"),
     },
     "root": {"engine", "config", "sampling", "weights", "text"},
     "cli": {
@@ -57,6 +58,7 @@ ALLOWED = {
         "sampling",
         "demo",
         "hub",
+        "replacing",
         "fit",
         "doctor",
     },
@@ -68,11 +70,20 @@ SAME_UNIT = {
     "cli_common": "cli",
     "cli_convert": "cli",
     "cli_doctor": "cli",
+    "cli_errors": "cli",
     "cli_inspect": "cli",
     "cli_pull": "cli",
+    "cli_verify": "cli",
+    "cli_session": "cli",
     "__main__": "cli",
     "config_keys": "config",
+    "draft_length": "engine",
+    "generation": "engine",
+    "one_answer": "engine",
+    "one_answer_matrix": "engine",
     "session": "engine",
+    "speculation": "engine",
+    "store": "engine",
 }
 
 

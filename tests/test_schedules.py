@@ -30,7 +30,7 @@ BASES = (0, 120, 500)
 @lru_cache(maxsize=1)
 def llm() -> LLM:
     torch.set_num_threads(1)
-    return LLM(ctx=640)
+    return LLM(ctx=640, draft="off")
 
 
 @lru_cache(maxsize=1)

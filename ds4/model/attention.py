@@ -88,13 +88,21 @@ class Attention:
             for entry, value in self.compressor.decode(raw[0], raw[1], ctx, cache.state):
                 cache.pool[entry] = row_format.pack(value)[0]
         token_kv = []
+        # The last token sees all rows that an earlier one sees: decoded once for all tokens that choose none of them.
+        visible = None
+        if cache.pool is not None and None in chosen:
+            visible = row_format.unpack(cache.pool[: launch.end // self.ratio])
         for i in range(launch.n_tok):
             end = launch.start + i + 1
             rows = cache.window(max(0, end - self.window), end)
             if cache.pool is not None and end >= self.ratio:
                 entries = chosen[i]
-                pool = cache.pool[: end // self.ratio] if entries is None else cache.pool[entries]
-                rows = torch.cat((rows, row_format.unpack(pool)))
+                if entries is not None:
+                    pooled = row_format.unpack(cache.pool[entries])
+                else:
+                    assert visible is not None
+                    pooled = visible[: end // self.ratio]
+                rows = torch.cat((rows, pooled))
             token_kv.append(rows)
         return self._output(attn_decode(q, token_kv, self.sink, launch.rows, ctx.numerics), ctx)
 

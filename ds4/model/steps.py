@@ -56,7 +56,7 @@ class StepBuilder:
     """Collects launches; results of equal operations and shapes share their memory.
 
     ``parts``: the operations in order. ``layer``: whose part is being added. ``pos`` i32 [1]: position of the first
-    token; ``tokens`` i32 [n_tok]; ``cis`` f32 [4, n_tok, rope / 2, 2]: rotary tables, made by the step's first operation
+    token; ``tokens`` i32 [n_tok]; ``cis`` f32 [4, n_tok, rope / 2, 2]: rotary tables, made by the first operation
     (ds4/kernels/embed). Sharing is right because launches run in order and every result is used up before the next
     operation of the same kind: the next layer's, at the earliest.
     """

@@ -145,20 +145,20 @@ class DSparkDrafter:
         self.layers = dspark.layers
         self.max_tokens = min(dspark.block_size, MAX_DRAFT - 1)
         self.caches = [stage_cache(c, dspark.trunk.formats()) for _ in dspark.stages]
-        self._tail = Tail((len(self.layers) * c.hidden_size,), 0, self._write)
+        self.tail = Tail((len(self.layers) * c.hidden_size,), 0, self._write)
 
     @property
     def position(self) -> int:
-        return self._tail.position
+        return self.tail.position
 
     def _write(self, launch: Launch, taps: Tensor, _ids: Tensor) -> None:
         self.dspark.fill(launch, taps, self.caches)
 
     def observe(self, launch: Launch, ids: Tensor, streams: Sequence[Tensor]) -> None:
-        self._tail.observe(launch, ids, self.dspark.taps(streams))
+        self.tail.observe(launch, ids, self.dspark.taps(streams))
 
     def rewind(self, position: int) -> None:
-        self._tail.rewind(position)
+        self.tail.rewind(position)
 
     @torch.inference_mode()
     def draft(self, history: Sequence[int], k: int, sampler: Sampler) -> Draft:
@@ -166,7 +166,7 @@ class DSparkDrafter:
         k = min(k, self.max_tokens)
         if k < 1:
             return Draft()
-        self._tail.fill()
+        self.tail.fill()
         head, token = self.dspark, int(history[-1])
         hidden = head.collapse(head.block(token, self.position, self.caches)[-1])[:k]
         chooser, confidence = Chooser(sampler, history), []

@@ -8,17 +8,20 @@ Longer drafts are chained: the block's own streams and its own token make the ne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ds4.config import ModelConfig
+from ds4.kernels.attn import attn_decode, query
 from ds4.kernels.common import rms_norm
 from ds4.kernels.head import hc_head, head
 from ds4.kernels.launch import Launch
 from ds4.kernels.proj import Rows, proj, proj_in
 from ds4.kv.cache import LayerCache
 from ds4.kv.spec import MAX_DRAFT
+from ds4.model.attention import Attention
 from ds4.model.block import Block, Residual
 from ds4.model.context import Context, make_context
 from ds4.model.params import Params, small
@@ -27,6 +30,21 @@ from ds4.mtp.drafter import Chooser, Draft, check_history
 from ds4.mtp.rows import publish_rows, stage_cache
 from ds4.mtp.tail import Tail
 from ds4.sampling import Sampler
+
+
+class PairAttention(Attention):
+    """Attention of the block, which need not be finished for all tokens of a launch."""
+
+    def decode_last(self, x: Tensor, ctx: Context, last: Context, cache: LayerCache) -> Tensor:
+        """``decode``, but only the row of the last token has a meaning: ``last`` is the context of that token alone."""
+        launch, n = ctx.launch, ctx.numerics
+        q_a, kv = proj_in(x, [self.wq_a, self.wkv], [], [], n, ctx.rows)
+        publish_rows(self, kv, ctx, cache)
+        qr = n.rd(rms_norm(q_a, self.q_norm, self.eps))
+        q = proj(qr, self.wq_b, n, last.rows).unflatten(1, (self.n_heads, self.width))
+        q = query(q, ctx.cis(self.ratio), self.eps, n)
+        rows = cache.window(max(0, launch.end - self.window), launch.end)
+        return self._output(attn_decode(q, [rows], self.sink, last.launch.rows, last.numerics), last)
 
 
 class MTPBlock:
@@ -45,14 +63,19 @@ class MTPBlock:
         self.hc_scale = small(params, f"{prefix}.hc_head_scale", (1,))
         self.hc_base = small(params, f"{prefix}.hc_head_base", (m,))
         self.block = Block(config, params, prefix, 0, hash_routed=False)
+        self.block.attn = self.attn = PairAttention(config, params, f"{prefix}.attn", 0)
 
     def _joined(self, h: Tensor, ctx: Context) -> Residual:
         """The pairs' streams f32 ``[n, m, d]`` in front of the block."""
         eps, n = self.config.rms_norm_eps, ctx.numerics
         e = proj(n.rd(rms_norm(embedding_rows(self.trunk.embed, ctx.ids), self.enorm, eps)), self.e_proj, n, ctx.rows)
-        # hnorm works on each stream by itself, so the streams are simply more rows of the same product.
         hn = n.rd(rms_norm(h, self.hnorm, eps))
-        hp = torch.stack([proj(hn[:, i], self.h_proj, n, ctx.rows) for i in range(h.shape[1])], dim=1)
+        if ctx.rows is None:
+            hp = torch.stack([proj(hn[:, i], self.h_proj, n) for i in range(h.shape[1])], dim=1)
+        else:  # hnorm works on each stream by itself, so the streams are simply more rows of the same product
+            m = h.shape[1]
+            rows = tuple(m * row + i for row in ctx.rows for i in range(m))
+            hp = proj(hn.flatten(0, 1), self.h_proj, n, rows).unflatten(0, (-1, m))
         return Residual(n.rd(e.unsqueeze(1) + hp))
 
     def context(self, launch: Launch, next_ids: Tensor) -> Context:
@@ -70,6 +93,17 @@ class MTPBlock:
         # wq_a goes along because the order of a sum may depend on the matrix: rows are the same bits in both ways.
         kv = proj_in(x, [attn.wq_a, attn.wkv], [], [], ctx.numerics, ctx.rows)[1]
         publish_rows(attn, kv, ctx, cache)
+
+    def last_streams(self, h: Tensor, ctx: Context, last: Context, cache: LayerCache) -> Tensor:
+        """Block output of the last token of a decode launch, whose context alone is ``last``; ``fill`` of the others.
+
+        h and ids as for ``streams``; f32 ``[8, m, d]``, of which the last token's row has a meaning. The same bits as
+        both calls give, for little more than the time of one.
+        """
+        streams, x, post, comb = self.block.attn_site(self._joined(h, ctx), ctx)
+        y = self.attn.decode_last(x, ctx, last, cache)
+        streams, x, post, comb = self.block.ffn_site(Residual(streams, y, post, comb), last)
+        return Residual(streams, self.block.moe(x, last), post, comb).resolve(last)
 
     def logits(self, z: Tensor, rows: Rows = None) -> Tensor:
         """f32 ``[n, m, d]`` -> logits f32 ``[n, vocab]`` for the token after next."""
@@ -102,20 +136,20 @@ class MTPDrafter:
         self.block = block
         self.layers: tuple[int, ...] = (c.num_hidden_layers - 1,)
         self.caches = [stage_cache(c, block.trunk.formats())]
-        self._tail = Tail((c.hc_mult, c.hidden_size), 1, self._write)
+        self.tail = Tail((c.hc_mult, c.hidden_size), 1, self._write)
 
     @property
     def position(self) -> int:
-        return self._tail.position
+        return self.tail.position
 
     def _write(self, launch: Launch, h: Tensor, next_ids: Tensor) -> None:
         self.block.fill(h, self.block.context(launch, next_ids), self.caches[0])
 
     def observe(self, launch: Launch, ids: Tensor, streams: Sequence[Tensor]) -> None:
-        self._tail.observe(launch, ids, streams[0])
+        self.tail.observe(launch, ids, streams[0])
 
     def rewind(self, position: int) -> None:
-        self._tail.rewind(position)
+        self.tail.rewind(position)
 
     @torch.inference_mode()
     def draft(self, history: Sequence[int], k: int, sampler: Sampler) -> Draft:
@@ -124,20 +158,26 @@ class MTPDrafter:
         chooser = Chooser(sampler, history)
         if not position:  # nothing was processed: there are no streams to start from
             return Draft()
-        self._tail.fill()
-        h, token = self._tail.at(position - 1), int(history[-1])
-        for p in range(position - 1, position - 1 + min(k, self.max_tokens)):
-            h, logits = self._step(h, token, p)
-            if p == position - 1:
-                self._tail.claim(token)
+        if k < 1:
+            return Draft()
+        token = int(history[-1])
+        h, logits = self._step(*self.tail.unwritten(token))
+        self.tail.claim(token)
+        while True:
             token = chooser.choose(logits)
-        return Draft(chooser.tokens, chooser.probs)
+            n = len(chooser.tokens)
+            if n == min(k, self.max_tokens):
+                return Draft(chooser.tokens, chooser.probs)
+            launch = Launch.decode_step(position - 1 + n, 1)
+            rows, ids = h.new_zeros(launch.n_rows, *h.shape), torch.zeros(launch.n_rows, dtype=torch.int64)
+            rows[launch.rows[0]], ids[launch.rows[0]] = h, token
+            h, logits = self._step(launch, rows, ids)
 
-    def _step(self, h: Tensor, next_id: int, p: int) -> tuple[Tensor, Tensor]:
-        """(z f32 ``[m, d]``, logits f32 ``[vocab]``) of the pair (h f32 ``[m, d]``, ``next_id``) at position ``p``."""
-        launch = Launch.decode_step(p, 1)
-        row = launch.rows[0]
-        rows, ids = h.new_zeros(launch.n_rows, *h.shape), torch.zeros(launch.n_rows, dtype=torch.int64)
-        rows[row], ids[row] = h, next_id
-        z = self.block.streams(rows, self.block.context(launch, ids), self.caches[0])
-        return z[row], self.block.logits(z, launch.rows)[row]
+    def _step(self, launch: Launch, h: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(z f32 ``[m, d]``, logits f32 ``[vocab]``) of the last pair of h f32 ``[n_rows, m, d]`` and ``next_ids``."""
+        ctx, last = self.block.context(launch, next_ids), launch
+        if launch.n_tok > 1:
+            last = Launch.decode_step(launch.end - 1, 1)
+        row = last.rows[0]
+        z = self.block.last_streams(h, ctx, replace(ctx, launch=last), self.caches[0])
+        return z[row], self.block.logits(z, last.rows)[row]

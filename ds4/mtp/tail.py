@@ -8,7 +8,7 @@ a prompt was cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -70,14 +70,29 @@ class Tail:
         end = self.position - self._ahead
         while self.written < end:
             launch = Launch.decode_step(self.written, min(DECODE_ROWS, end - self.written))
-            first, last = launch.start, launch.end
-            rows = list(launch.rows)
-            streams = self._streams.new_zeros(launch.n_rows, *self._streams.shape[1:])
-            streams[rows] = ring_read(self._streams, first, last)
-            ids = self._ids.new_zeros(launch.n_rows)
-            ids[rows] = ring_read(self._ids, first + self._ahead, last + self._ahead)
-            self._write(launch, streams, ids)
-            self.written = last
+            ids = ring_read(self._ids, launch.start + self._ahead, launch.end + self._ahead)
+            self._write(*self._laid_out(launch, ids))
+            self.written = launch.end
+
+    def _laid_out(self, launch: Launch, ids: Tensor) -> tuple[Launch, Tensor, Tensor]:
+        """A launch over the last positions with their streams f32 ``[n_rows, *shape]`` and ``ids`` in its layout."""
+        streams = self._streams.new_zeros(launch.n_rows, *self._streams.shape[1:])
+        ids_of_rows = self._ids.new_zeros(launch.n_rows)
+        # As in a ring of n_rows slots: a position's row is its remainder.
+        ring_write(streams, launch.start, ring_read(self._streams, launch.start, launch.end))
+        ring_write(ids_of_rows, launch.start, ids)
+        return launch, streams, ids_of_rows
+
+    def unwritten(self, token: int) -> tuple[Launch, Tensor, Tensor]:
+        """What ``write`` takes, for all rows up to the last position, whose next token is ``token``; at least one.
+
+        For a head that writes these rows while it drafts (``ahead`` 1), and then calls :meth:`claim`.
+        """
+        if self.position - self.written > DECODE_ROWS:
+            self.fill()
+        start = min(self.written, self.position - 1)
+        ids = torch.cat((ring_read(self._ids, start + 1, self.position), torch.tensor([token])))
+        return self._laid_out(Launch.decode_step(start, self.position - start), ids)
 
     def _write_tile(self, launch: Launch, ids: Tensor, streams: Tensor) -> None:
         """Rows of a prompt tile, and the one in front of it where it had to wait for the tile's first token."""
@@ -104,3 +119,28 @@ class Tail:
             raise ValueError(f"cannot go from position {self.position} to {position}")
         self.position = position
         self.written = min(self.written, max(0, position - self._ahead))
+
+    def state(self) -> dict[str, Tensor]:
+        """What has to be kept to go on later.
+
+        counts i64 [3] (position, written, the token that ``claim`` was given), and of the last n <= SLOTS positions
+        streams f32 [n, *shape] and ids i64 [n], all on the CPU
+        """
+        first = max(0, self.position - SLOTS)
+        return {
+            "counts": torch.tensor([self.position, self.written, self._claimed], device="cpu"),
+            "streams": ring_read(self._streams, first, self.position).cpu().contiguous(),
+            "ids": ring_read(self._ids, first, self.position).cpu().contiguous(),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where ``state`` was taken. Raises ValueError for one that belongs to another head."""
+        position, written, claimed = (int(n) for n in state["counts"])
+        streams, ids = state["streams"], state["ids"]
+        n = min(position, SLOTS)
+        if streams.shape != (n, *self._streams.shape[1:]) or ids.shape != (n,) or not 0 <= written <= position:
+            raise ValueError(f"{tuple(streams.shape)} streams and {tuple(ids.shape)} ids at position {position}")
+        self.position, self.written, self._claimed = position, written, claimed
+        if n:
+            ring_write(self._streams, position - n, streams.to(self._streams.device))
+            ring_write(self._ids, position - n, ids.to(self._ids.device))

@@ -17,6 +17,7 @@ from feeding import Recorder, drafted, relative, show_prompt, show_step
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ds4.kernels.launch import Launch
 from ds4.kernels.numerics import Numerics, resolve
 from ds4.model.transformer import Transformer
 from ds4.mtp.mtp_block import MTPBlock, MTPDrafter
@@ -247,9 +248,9 @@ def test_mistakes_are_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> Non
             ring[(drafter.position - 1 - forget) % len(ring)] = 0
         golden.check(drafter, history, 2)
 
-    def stale(self: MTPDrafter, h: Tensor, next_id: int, p: int) -> tuple[Tensor, Tensor]:
+    def stale(self: MTPDrafter, launch: Launch, h: Tensor, next_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Chained off the trunk's streams again instead of the block's own."""
-        return h, right(self, h, next_id, p)[1]
+        return h[launch.rows[-1]], right(self, launch, h, next_ids)[1]
 
     def unshifted(self: MTPDrafter, launch: object, h: Tensor, next_ids: Tensor) -> None:
         """Rows of the prompt with each position's own token instead of the next."""

@@ -108,7 +108,7 @@ def _moe_decode(
     chosen = ids.tolist()
     slot_experts = [e for r in rows for e in (*(experts[i] for i in chosen[r]), shared)]
     gate_up = x.new_zeros(n, n_slots, 2 * inter)
-    inputs = [xq[r] for r in rows for _ in range(n_slots)]
+    inputs = [row for r in rows for row in [xq[r]] * n_slots]
     _slot_products(inputs, [(e.w1, e.w3) for e in slot_experts], [y for r in rows for y in gate_up[r].unbind()])
     gate, up = numerics.rd(gate_up).chunk(2, dim=-1)
     slot_weights = F.pad(weights, (0, 1), value=1.0)
