@@ -188,7 +188,7 @@ def test_counting_backend():
 @pytest.fixture(scope="module")
 def llm():
     """The bundled model as on a GPU, on the CPU's emulation of the kernels."""
-    made = LLM(ctx=64)
+    made = LLM(ctx=64, draft="off")
     made.model = Transformer(made.config, DeviceParams(made.checkpoint, "cpu"), made.numerics, "cpu")
     made.backend = CpuBackend()
     return made

@@ -156,6 +156,7 @@ def _variants(name: str) -> tuple[tuple[Entry, Constants], ...]:
 
 
 def _operation(name: str, most: int) -> Operation:
+    """``most``: matrices of a launch in the network, whose results the checks of single tokens look at."""
     grouped = name == "proj_oa"
     return register(
         Operation(
@@ -172,7 +173,7 @@ def _operation(name: str, most: int) -> Operation:
     )
 
 
-PROJ_IN = _operation("proj_in", MOST)
-PROJ_Q = _operation("proj_q", MOST)
+PROJ_IN = _operation("proj_in", 7)
+PROJ_Q = _operation("proj_q", 2)
 PROJ_OA = _operation("proj_oa", 1)
-PROJ_OB = _operation("proj_ob", MOST)
+PROJ_OB = _operation("proj_ob", 1)
