@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 CTX = 512
 NO_FLIP = 3e-5  # of a row's norm: sums in another order; 1.2e-5 measured
 MEDIAN = 6e-3  # with codes that fell differently in earlier tokens; 2.7e-3 measured
+ROWS = 0.1  # cached rows behind such choices, in the median; up to 0.02 measured
 EDGES_LAYER = 16  # launches of a layer (spec kernels.md a.4)
 
 
@@ -105,10 +106,13 @@ def test_300_tokens_of_a_tiny_checkpoint(tiny: Pair) -> None:
     assert difference[:8].max() < NO_FLIP
     assert difference.median() < MEDIAN
     assert (got.argmax(1) == want.argmax(1)).float().mean() >= 0.97
-    mine, other = ours.live(300), theirs.live(300)
+    mine, other, formats = ours.live(300), theirs.live(300), tiny.model.formats()
     for name, part in mine.items():
-        if part.dtype == torch.uint8:  # codes
-            assert (part != other[name]).float().mean() < 0.1, name  # 0.04 measured, after choices that add up
+        if part.dtype == torch.uint8:
+            unpack = formats.key.unpack if name.endswith("keys") else formats.row.unpack
+            apart = relative(unpack(part), unpack(other[name])).median()
+            print(f"{name} {apart:.1e}", end=" ")
+            assert apart < ROWS, name
 
 
 def test_each_step_alone(tiny: Pair) -> None:
