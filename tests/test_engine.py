@@ -106,7 +106,8 @@ def test_decode_takes_one_to_eight_tokens(llm: LLM):
 def test_prefill_tells_how_far_it_is(tiny: LLM):
     seen: list[tuple[int, int]] = []
     tiny.session().prefill(some_ids(tiny, 200), progress=lambda done, total: seen.append((done, total)))
-    assert seen[0] == (128, 200)
+    assert seen == sorted(seen)
+    assert 0 < seen[0][0] < 200
     assert seen[-1] == (200, 200)
 
 
@@ -147,7 +148,7 @@ def test_the_context_is_a_limit(tiny: LLM):
         next(iter(tiny.generate(some_ids(tiny, 521))))
 
 
-def test_an_interrupted_prefill_leaves_an_empty_session_that_works(tiny: LLM):
+def test_an_interrupted_prefill_leaves_a_session_that_works(tiny: LLM):
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -155,8 +156,8 @@ def test_an_interrupted_prefill_leaves_an_empty_session_that_works(tiny: LLM):
     session.prefill(ids[:100])
     with pytest.raises(KeyboardInterrupt):
         session.prefill(ids[100:], progress=stop)
-    assert (session.position, session.ids) == (0, [])
-    assert torch.equal(session.prefill(ids), other.prefill(ids))
+    assert session.ids == ids[:100]
+    assert torch.equal(session.prefill(ids[100:]), other.prefill(ids))
     assert same_state(session, other)
 
 

@@ -5,6 +5,9 @@ calls that compute the same token therefore run the same instructions on the sam
 bit-identity holds by construction and does not rest on how a BLAS library treats its rows. One place does rest on it:
 in the prefill form an expert takes its tokens in blocks of fixed size, and a token's row there depends on which other
 tokens chose the expert (``ds4/kernels/moe``; tested for the library at hand in ``tests/kernels/test_moe.py``).
+
+Several tiles of a prompt go through a layer together (``Transformer.prefill``). Each is still a call of its own for
+every operation but the experts, which take the tokens of all.
 """
 
 from __future__ import annotations
@@ -41,6 +44,11 @@ class Launch:
     def tile_start(self) -> int:
         """Position of row 0 in the prefill form."""
         return self.start - self.rows[0]
+
+    @property
+    def tile_end(self) -> int:
+        """Position behind the last row in the prefill form."""
+        return self.tile_start + self.n_rows
 
     @property
     def row_slice(self) -> slice:

@@ -6,6 +6,9 @@ nothing is cleared. Undoing tokens therefore means a smaller position and nothin
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
 import torch
 from torch import Tensor
 
@@ -45,12 +48,20 @@ class LayerCache:
 
     def publish(self, kv: Tensor, start: int) -> Tensor:
         """Store rows f32 ``[n, width]`` of positions ``start ..`` in the ring; returns them as stored (rounded)."""
+        packed, stored = self.packed(kv)
+        self.write(packed, stored, start)
+        return stored
+
+    def packed(self, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows f32 ``[n, width]`` as the ring holds them: u8 ``[n, row_bytes]``, and decoded again."""
         packed = self.formats.row.pack(kv)
-        stored = self.formats.row.unpack(packed)
+        return packed, self.formats.row.unpack(packed)
+
+    def write(self, packed: Tensor, stored: Tensor, start: int) -> None:
+        """Put what ``packed`` gave into the ring, from position ``start`` on."""
         ring_write(self.ring, start, packed)
         if self.ring_f32 is not None:
             ring_write(self.ring_f32, start, stored)
-        return stored
 
     def window(self, start: int, end: int) -> Tensor:
         """Rows of positions ``start .. end - 1``, f32 ``[n, width]``."""
@@ -74,6 +85,10 @@ class LayerCache:
                 out["keys"] = self.keys[:n_entries]
                 out["key_state"] = _last(self.key_state, position, back)
         return out
+
+    def rings(self) -> list[Tensor]:
+        """The tensors in which new positions take the place of old ones."""
+        return [t for t in (self.ring, self.ring_f32, self.state, self.key_state) if t is not None]
 
     def nbytes(self) -> int:
         tensors = (self.ring, self.pool, self.state, self.keys, self.key_state)
@@ -111,6 +126,23 @@ class KVCache:
         """Live state of every layer, keyed ``layers.N.<part>``; see :meth:`LayerCache.live`."""
         window = self.config.sliding_window
         return {f"layers.{i}.{k}": v for i, c in enumerate(self.layers) for k, v in c.live(position, window).items()}
+
+    @contextmanager
+    def undone_if(self, unfinished: Callable[[], bool]) -> Iterator[None]:
+        """If what is done within it is broken off, by an error or Ctrl-C, and ``unfinished()``, then the next token
+        sees what it would have seen before: rings are put back. Pools need not be: entries of later positions are read
+        only once they are written again."""
+        rings = [ring for layer in self.layers for ring in layer.rings()]
+        before = [ring.clone() for ring in rings]
+        try:
+            yield
+        except BaseException:
+            while unfinished():
+                with suppress(KeyboardInterrupt):  # pressed again: begin again
+                    for ring, kept in zip(rings, before, strict=True):
+                        ring.copy_(kept)
+                    break
+            raise
 
     def nbytes(self) -> int:
         return sum(layer.nbytes() for layer in self.layers)

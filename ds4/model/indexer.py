@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ds4.config import ModelConfig
 from ds4.kernels.indexer import index_query, index_score, index_topk
 from ds4.kernels.indexer.op import INDEX_SCORE, INDEX_TOPK
-from ds4.kernels.proj import proj
+from ds4.kernels.proj import proj, proj_tiles
+from ds4.kernels.threads import each
 from ds4.kv.cache import LayerCache
 from ds4.model.compressor import Compressor
 from ds4.model.context import Context
@@ -28,35 +32,36 @@ class Indexer:
         self.weights_proj = params.expect(f"{prefix}.weights_proj.weight", (self.n_heads, config.hidden_size))
         self.compressor = Compressor(config, params, f"{prefix}.compressor", 4, self.width, indexer=True)
 
-    def _query(self, qr: Tensor, ctx: Context) -> Tensor:
-        q = proj(qr, self.wq_b, ctx.numerics, ctx.rows).unflatten(1, (self.n_heads, self.width))
-        return index_query(q, ctx.cis_compressed, ctx.numerics)
+    def _query(self, q: Tensor, ctx: Context) -> Tensor:
+        return index_query(q.unflatten(1, (self.n_heads, self.width)), ctx.cis_compressed, ctx.numerics)
 
     def select_prefill(
-        self, qr: Tensor, weights: Tensor, ctx: Context, cache: LayerCache | None, keys: Tensor
-    ) -> Tensor:
-        """Mask bool ``[n_rows, n_entries]`` over all entries up to the end of the tile.
+        self,
+        qr: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        kv: Sequence[Tensor],
+        gate: Sequence[Tensor],
+        ctxs: Sequence[Context],
+        cache: LayerCache | None,
+    ) -> list[Tensor]:
+        """For each of successive tiles a mask bool ``[n_rows, n_entries]`` over all entries up to its end.
 
-        qr f32 ``[n_rows, q_lora]``; weights f32 ``[n_rows, h]`` raw; keys f32 ``[n_rows / 4, width]`` of this tile.
+        qr f32 ``[n_rows, q_lora]``; weights f32 ``[n_rows, h]``, raw; kv and gate f32 ``[n_rows, 2 width]``, the
+        compressor's raw rows.
         """
+        keys = self.compressor.prefill(kv, gate, ctxs, cache)
+        # A tile that sees no more entries than may be chosen needs no scores.
+        scored = [i for i, ctx in enumerate(ctxs) if ctx.launch.tile_end // 4 > self.top_k]
+        q = dict(zip(scored, proj_tiles([qr[i] for i in scored], self.wq_b, ctxs[0].numerics), strict=True))
+        return each(partial(self._select, keys), [q.get(i) for i in range(len(ctxs))], weights, ctxs)
+
+    def _select(self, keys: Tensor, q: Tensor | None, weights: Tensor, ctx: Context) -> Tensor:
         launch = ctx.launch
-        n_visible = (launch.pos + 1) // 4
-        n_entries = (launch.tile_start + launch.n_rows) // 4
-        first, last = launch.start // 4, launch.end // 4
-        if cache is not None:
-            assert cache.keys is not None
-            local = slice(first - launch.tile_start // 4, last - launch.tile_start // 4)
-            cache.keys[first:last] = cache.formats.key.pack(keys[local])
-        if n_entries <= self.top_k:  # everything visible is chosen: no score is needed
+        n_visible, n_entries = (launch.pos + 1) // 4, launch.tile_end // 4
+        if q is None:
             return index_topk(torch.empty(launch.n_rows, n_entries), n_visible, self.top_k)
-        if cache is None:
-            all_keys = keys
-        else:
-            assert cache.keys is not None
-            all_keys = keys.new_zeros(n_entries, self.width)
-            all_keys[:last] = cache.formats.key.unpack(cache.keys[:last])
         w = ctx.numerics.rd(weights * self.weight_scale)
-        scores = index_score(self._query(qr, ctx), all_keys, w, ctx.numerics)
+        scores = index_score(self._query(q, ctx), keys[:n_entries], w, ctx.numerics)
         return index_topk(scores, n_visible, self.top_k)
 
     def select_decode(self, qr: Tensor, weights: Tensor, ctx: Context, cache: LayerCache) -> list[Tensor | None]:
@@ -65,7 +70,7 @@ class Indexer:
         if launch.end // 4 <= self.top_k:
             return [None] * launch.n_tok
         assert cache.keys is not None
-        q = self._query(qr, ctx)
+        q = self._query(proj(qr, self.wq_b, ctx.numerics, ctx.rows), ctx)
         w = ctx.numerics.rd(weights * self.weight_scale)
         keys = cache.formats.key.unpack(cache.keys[: launch.end // 4])
         chosen: list[Tensor | None] = []

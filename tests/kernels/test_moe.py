@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from unit_data import assert_close, decode_fp8, decode_mxfp4, load_unit, seeded
 
-from ds4.kernels.moe import EXPERT_ROWS, Expert, moe, swiglu
+from ds4.kernels.moe import EXPERT_ROWS, Expert, moe, moe_tiles, ref, swiglu
 from ds4.kernels.numerics import Numerics
 from ds4.kernels.route.ref import route
 from ds4.weights import dense_cache
@@ -174,6 +174,26 @@ def test_a_tokens_row_in_an_experts_block_does_not_matter(d: int, inter: int) ->
         assert torch.equal(alone[t], together[t]), f"token {t}"
 
 
+@pytest.mark.parametrize("tiled_bytes", [0, 1 << 30])
+def test_tiles_together_are_tiles_alone(tiled_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert takes the tokens of all tiles at once, with copies of its weights or decoding them at every use."""
+    monkeypatch.setattr(ref, "TILED_EXPERTS_BYTES", tiled_bytes)
+    n, n_tiles, d, inter, n_experts, top_k = 128, 3, 64, 96, 5, 2
+    xs = [seeded(n, d, seed=t) for t in range(n_tiles)]
+    weights = [seeded(n, top_k, seed=10 + t).abs() for t in range(n_tiles)]
+    random = torch.Generator().manual_seed(0)
+    ids = [torch.rand(n, n_experts, generator=random).argsort(dim=1)[:, :top_k] for _ in range(n_tiles)]
+    lives = [slice(100, 128), slice(0, 128), slice(0, 7)]
+    experts, shared = [packed_expert(d, inter, 10 * e) for e in range(n_experts)], packed_expert(d, inter, 5)
+    args = (experts, shared)
+    together = moe_tiles(xs, ids, weights, lives, *args, limit=10.0, numerics=Numerics())
+    for x, i, w, live, y in zip(xs, ids, weights, lives, together, strict=True):
+        alone = moe(x, i, w, *args, limit=10.0, numerics=Numerics(), live=live)
+        assert torch.equal(alone[live], y[live])
+        decoded = moe(x, i, w, *args, limit=10.0, numerics=Numerics(), rows=tuple(range(n)))
+        assert_close(y[live], decoded[live])
+
+
 def packed_expert(d: int, inter: int, seed: int) -> Expert:
     """Three Q8_0 matrices whose rows repeat after 61, which no tile is a multiple of."""
 
@@ -232,16 +252,19 @@ def test_tiled_experts_in_decode(d: int, inter: int, monkeypatch: pytest.MonkeyP
 def test_a_tiled_expert_is_decoded_once_a_call(rows: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not once a token: eight tokens that share two experts, and an expert with two blocks of rows."""
     case = Large(monkeypatch, 8 if rows else 40)
-    decoded: list[str] = []
+    decoded: dict[int, list[int]] = {}
 
     def counted(self: PackedTensor, first: int = 0, last: int | None = None):
-        decoded.append(f"{id(self)}")
-        return plain(self, first, last)
+        for rows, tile in plain(self, first, last):
+            decoded.setdefault(id(self), []).extend(range(rows.start, rows.stop))
+            yield rows, tile
 
     plain = PackedTensor.tiles
     monkeypatch.setattr(PackedTensor, "tiles", counted)
     moe(*case.args, limit=10.0, numerics=Numerics(), rows=rows)
-    assert len(decoded) == len(set(decoded)) == 3 * 4  # three matrices of three experts and the shared one
+    matrices = [w for e in (*case.args[3], case.args[4]) for w in e]
+    assert len(decoded) == len(matrices) == 3 * 4  # three matrices of three experts and the shared one
+    assert all(decoded[id(w)] == list(range(w.shape[0])) for w in matrices)
 
 
 def test_256_experts_in_a_small_budget(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,36 @@ def test_one_answer_on_the_tiled_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < (plain - cached).abs().max() < 2e-3 * cached.abs().max()
     for chunks, steps in (((5, 120, 6), (1, 2, 3, 2)), ((127, 4), (8,))):
         assert torch.equal(run(chunks, steps), plain), (chunks, steps)
+
+
+def test_a_prompt_pushes_nothing_out(cache: DenseCache) -> None:
+    """Without ``evict`` a copy is kept where there is room beside the others, and made for once where there is none."""
+    old, small, large = weight(64, 128), weight(32, 128, seed=1), weight(48, 128, seed=2)
+    cache.budget_bytes = dense_bytes((old,)) + dense_bytes((small,))
+    first = dense((old,))
+    assert dense((large,), evict=False) is not dense((large,), evict=False)
+    assert dense((small,), evict=False) is dense((small,), evict=False)
+    assert dense((old,), evict=False) is first
+    assert cache.used_bytes == cache.budget_bytes
+    assert dense((large,)) is dense((large,))  # which makes room for itself
+    assert cache.used_bytes <= cache.budget_bytes
+
+
+def test_threads_share_the_budget(cache: DenseCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies in the making count: two threads at once cannot exceed the budget, nor count one copy twice."""
+    a, b = weight(64, 128), weight(64, 128, seed=1)
+    cache.budget_bytes = dense_bytes((a,))
+    transposed, both = dense_cache._transposed, threading.Barrier(2)
+
+    def waiting(weights):
+        both.wait(10)
+        return transposed(weights)
+
+    monkeypatch.setattr(dense_cache, "_transposed", waiting)
+    with ThreadPoolExecutor(2) as pool:
+        for pair in ((a, b), (a, a)):
+            made = list(pool.map(lambda w: dense((w,), evict=False), pair))
+            assert all(torch.equal(m, w.dequantize()) for m, w in zip(made, pair, strict=True) if m is not None)
+            assert sum(t.nbytes for t in cache._entries.values()) == cache.used_bytes == dense_bytes((a,))
+            cache._entries.clear()
+            cache.used_bytes, cache.budget_bytes = 0, 2 * dense_bytes((a,))

@@ -51,5 +51,15 @@ def attn_decode(q: Tensor, kv: Sequence[Tensor], sink: Tensor, rows: Sequence[in
 
 
 def attn_prefill(q: Tensor, kv: Tensor, sink: Tensor, mask: Tensor, numerics: Numerics) -> Tensor:
-    """Prefill form: all rows of a tile against the same ``kv`` ``[r, d]`` under ``mask`` ``[n, r]``."""
-    return attend(q, kv, sink, mask, numerics)
+    """Prefill form: queries f32 ``[n, h, d]`` of a tile against the same ``kv`` ``[r, d]`` under ``mask`` ``[n, r]``.
+
+    As :func:`attend`, but in place: the scores of a prompt are large. At least one row of each query must be attended.
+    """
+    n, h, d = q.shape
+    scores = torch.addmm(q.new_zeros(1, 1), q.reshape(n * h, d), kv.T, beta=0, alpha=d**-0.5).view(n, h, -1)
+    scores = scores.masked_fill_(~mask.unsqueeze(1), -torch.inf)
+    m = scores.detach().amax(-1, keepdim=True)  # cancels out, and so do its gradients
+    p = scores.sub_(m).exp_()
+    denominator = p.sum(-1, keepdim=True) + torch.exp(sink.unsqueeze(-1) - m)
+    o = (numerics.rd(p).view(n * h, -1) @ kv).view(n, h, d)
+    return numerics.rd(o / denominator)

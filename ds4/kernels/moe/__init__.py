@@ -1,5 +1,5 @@
 """Routed experts and the shared expert."""
 
-from ds4.kernels.moe.ref import EXPERT_ROWS, Expert, moe, swiglu
+from ds4.kernels.moe.ref import EXPERT_ROWS, Expert, moe, moe_tiles, swiglu
 
-__all__ = ["EXPERT_ROWS", "Expert", "moe", "swiglu"]
+__all__ = ["EXPERT_ROWS", "Expert", "moe", "moe_tiles", "swiglu"]

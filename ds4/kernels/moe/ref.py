@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,16 @@ from torch import Tensor
 
 from ds4.kernels.numerics import Numerics
 from ds4.kernels.proj.ref import ACT_BLOCK, Rows, products
-from ds4.weights.dense_cache import Weight, Weights, dense, tiles
+from ds4.kernels.threads import each
+from ds4.weights.dense_cache import Weight, Weights, dense, dense_bytes, tiles
 from ds4.weights.formats import block_scale
 
 EXPERT_ROWS = 32
-"""Prefill form: an expert's tokens are computed in blocks of this many rows, padded, so that the shape is fixed."""
+"""Prefill form: an expert's tokens are multiplied in blocks of this many rows, padded, so that the shape is fixed."""
+
+TILED_EXPERTS_BYTES = 128 << 20
+"""Prefill form: the experts of a layer that together are above this size in FP32 are decoded tile by tile at every use.
+A prompt wants nearly all of them, layer by layer, so that there is no keeping copies."""
 
 
 class Expert(NamedTuple):
@@ -35,43 +41,76 @@ def _round_act(x: Tensor, numerics: Numerics) -> Tensor:
     return block_scale.round_e4m3(x, ACT_BLOCK) if numerics.act_fp8 else x
 
 
-def _ffn(
-    xs: Sequence[Tensor], expert: Expert, weights: Sequence[Tensor] | None, limit: float, numerics: Numerics
-) -> list[Tensor]:
-    """One expert on blocks of f32 ``[n, d]``; ``weights`` ``[n, 1]`` each enter before w2, whose input is rounded."""
-    rd = numerics.rd
-    acts = []
-    for i, gate_up in enumerate(products([_round_act(x, numerics) for x in xs], (expert.w1, expert.w3))):
-        gate, up = gate_up.chunk(2, dim=1)
-        a = swiglu(rd(gate), rd(up), limit)
-        if weights is not None:
-            a = weights[i] * a
-        acts.append(_round_act(rd(a), numerics))
-    return [rd(y) for y in products(acts, (expert.w2,))]
+def _activated(gate_up: Tensor, weights: Tensor | None, limit: float, numerics: Numerics) -> Tensor:
+    """Input f32 ``[n, inter]`` of w2 from the products f32 ``[n, 2 inter]``; ``weights`` ``[n, 1]`` enter here, before
+    it is rounded."""
+    gate, up = numerics.rd(gate_up).chunk(2, dim=1)
+    a = swiglu(gate, up, limit)
+    if weights is not None:
+        a = weights * a
+    return _round_act(numerics.rd(a), numerics)
 
 
-def _moe_prefill(
-    x: Tensor, ids: Tensor, weights: Tensor, experts: Sequence[Expert], live: slice, limit: float, numerics: Numerics
+def _shared_ffn(xs: Sequence[Tensor], expert: Expert, limit: float, numerics: Numerics) -> list[Tensor]:
+    """The shared expert on tiles of f32 ``[n, d]``."""
+    gate_up = products(each(partial(_round_act, numerics=numerics), xs), (expert.w1, expert.w3))
+    acts = each(partial(_activated, weights=None, limit=limit, numerics=numerics), gate_up)
+    return [numerics.rd(y) for y in products(acts, (expert.w2,))]
+
+
+def _routed_ffn(
+    x: Tensor,
+    weights: Tensor,
+    top_k: int,
+    limit: float,
+    numerics: Numerics,
+    tiled: bool,
+    expert: Expert,
+    pairs: Tensor,
 ) -> Tensor:
-    n, d = x.shape
-    top_k = ids.shape[1]
-    flat = torch.arange(n * top_k).view(n, top_k)[live].reshape(-1)
-    by_expert, order = ids.reshape(-1)[flat].sort(stable=True)
-    counts = torch.bincount(by_expert, minlength=len(experts)).tolist()
-    sorted_pairs = flat[order]
-    flat_weights = weights.reshape(-1, 1)
-    outs = []
-    for expert, pairs in zip(experts, sorted_pairs.split(counts), strict=True):
-        if pairs.shape[0] == 0:
-            continue
-        blocks = pairs.split(EXPERT_ROWS)
-        xs = [F.pad(x[b // top_k], (0, 0, 0, EXPERT_ROWS - b.shape[0])) for b in blocks]
-        ws = [F.pad(flat_weights[b], (0, 0, 0, EXPERT_ROWS - b.shape[0])) for b in blocks]
-        ys = _ffn(xs, expert, ws, limit, numerics)
-        outs += [y[: b.shape[0]] for y, b in zip(ys, blocks, strict=True)]
-    # One row a (token, slot) pair keeps the slots apart: each token sums them in the order of selection.
-    slot_out = x.new_zeros(n * top_k, d).index_copy(0, sorted_pairs, torch.cat(outs))
-    return slot_out.view(n, top_k, d).sum(1)
+    """One expert on its (token, slot) pairs i64 ``[p]``, numbered ``token * top_k + slot``: f32 ``[p, d]``.
+
+    x f32 ``[n, d]``, weights f32 ``[n * top_k, 1]``. Only the matrix products are taken block by block: what goes value
+    by value does not care about rows, as long as all is computed by one thread in whole vectors.
+    """
+    padded = F.pad(pairs, (0, -pairs.shape[0] % EXPERT_ROWS))
+    blocks = _round_act(x[padded // top_k], numerics).split(EXPERT_ROWS)
+    gate_up = torch.cat(products(blocks, (expert.w1, expert.w3), tiled=tiled))
+    acts = _activated(gate_up, weights[padded], limit, numerics).split(EXPERT_ROWS)
+    return numerics.rd(torch.cat(products(acts, (expert.w2,), tiled=tiled))[: pairs.shape[0]])
+
+
+def moe_tiles(
+    xs: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lives: Sequence[slice],
+    experts: Sequence[Expert],
+    shared: Expert,
+    *,
+    limit: float,
+    numerics: Numerics,
+) -> list[Tensor]:
+    """:func:`moe` of several tiles of equal shape in the prefill form; an expert takes the tokens of all of them."""
+    n, top_k = ids[0].shape
+    every = torch.arange(len(xs) * n * top_k).view(len(xs), n, top_k)
+    flat = torch.cat([every[t, live].reshape(-1) for t, live in enumerate(lives)])
+    by_expert, order = torch.cat(list(ids)).reshape(-1)[flat].sort(stable=True)
+    pairs = flat[order]
+    split = pairs.split(torch.bincount(by_expert, minlength=len(experts)).tolist())
+    x, w = torch.cat(list(xs)), torch.cat(list(weights)).reshape(-1, 1)
+    tiled = len(experts) * sum(dense_bytes((matrix,)) for matrix in experts[0]) > TILED_EXPERTS_BYTES
+    ffn = partial(_routed_ffn, x, w, top_k, limit, numerics, tiled)
+    outs = each(ffn, *zip(*((e, p) for e, p in zip(experts, split, strict=True) if p.shape[0]), strict=True))
+    out = torch.cat(outs)
+    # Where a pair's result lies; pairs of rows without tokens point anywhere.
+    place = torch.zeros_like(every).view(-1).index_copy_(0, pairs, torch.arange(pairs.shape[0])).view_as(every)
+    return each(partial(_summed, out, numerics), place.unbind(), _shared_ffn(xs, shared, limit, numerics))
+
+
+def _summed(out: Tensor, numerics: Numerics, place: Tensor, shared: Tensor) -> Tensor:
+    """Slots in the order of selection, then the shared expert."""
+    return numerics.rd(out[place].sum(1) + shared)
 
 
 def _slot_products(xs: Sequence[Tensor], weights: Sequence[Weights], outs: Sequence[Tensor]) -> None:
@@ -138,5 +177,4 @@ def moe(
     """
     if rows is not None:
         return _moe_decode(x, ids, weights, experts, shared, rows, limit, numerics)
-    routed = _moe_prefill(x, ids, weights, experts, live, limit, numerics)
-    return numerics.rd(routed + _ffn([x], shared, None, limit, numerics)[0])
+    return moe_tiles([x], [ids], [weights], [live], experts, shared, limit=limit, numerics=numerics)[0]
