@@ -14,23 +14,29 @@ from ds4 import hub
 from ds4.demo import bundled_model_path
 from ds4.draft_length import AUTO, Costs, DraftLength, draft_length
 from ds4.errors import Ds4Error
+from ds4.fit import Fit, Planner, free_bytes
 from ds4.generation import Answer, Piece, Statistics, peak_memory_bytes
 from ds4.kernels.cuda_backend import backend_for
 from ds4.kernels.entry import Backend
+from ds4.kernels.launch import DECODE_ROWS
 from ds4.kernels.numerics import DEFAULT_GROUP, GROUPS, Numerics, resolve
-from ds4.kv.spec import cache_bytes
+from ds4.kv.spec import RowFormats, cache_bytes
 from ds4.model.device_params import DeviceParams
+from ds4.model.params import Params
+from ds4.model.steps import Decoder
 from ds4.model.transformer import Transformer
 from ds4.mtp.drafter import Drafter
-from ds4.mtp.heads import draft_head
+from ds4.mtp.heads import MakeDrafter, draft_head
 from ds4.sampling import SamplingParams
 from ds4.session import Progress, Session, explained_memory
 from ds4.text.chat import chat_generation, encode_messages
 from ds4.text.templates import Generation
 from ds4.text.tokenizer import Tokenizer
-from ds4.weights import open_checkpoint
+from ds4.weights import Checkpoint, open_checkpoint
 
 __all__ = ["LLM", "Piece", "Progress", "Session", "Statistics"]
+
+_CPU_HEAD = "draft: a DSpark head drafts on the CPU only so far; use --draft off, or --device cpu"
 
 
 def resolve_device(device: str) -> str:
@@ -60,8 +66,13 @@ class LLM:
     ``device``: "cuda" loads the weights onto the GPU, calling ``on_load(bytes done, bytes in all)``, and decodes with
     ds4's kernels; "cpu" leaves them in the file.
     ``draft``: tokens to draft ahead of each step, 1 to 7; "auto" (default) drafts as many as pay, if the checkpoint has
-    a draft head; "off" or 0 never does. ``draft_model``: a draft head in a file of its own. A GPU drafts nothing yet.
+    a draft head; "off" or 0 never does. ``draft_model``: a draft head in a file of its own.
+    ``memory`` is what ``sessions`` of ``ctx`` tokens at a time will take: ``on_plan`` is told before anything is
+    loaded, and where that is more than there is, Ds4Error says how much and which context would fit.
     """
+
+    weights_in_file = True
+    """On the CPU: weights are read where they are."""
 
     def __init__(
         self,
@@ -73,38 +84,72 @@ class LLM:
         draft: int | str = AUTO,
         draft_model: str | os.PathLike[str] | None = None,
         on_load: Progress | None = None,
+        on_plan: Callable[[Fit], None] | None = None,
+        sessions: int = 1,
     ) -> None:
         self.device = resolve_device(device)
         self.draft = self._check_draft(draft, draft_model is not None)
-        self.path = hub.local_path(path) if path is not None else bundled_model_path()
         self.numerics = resolve(numerics)
-        head_path = hub.local_path(draft_model) if draft_model is not None else None
-        self.checkpoint = open_checkpoint(self.path, head_path, replace_draft=True)
+        self.checkpoint = self._open(path, draft_model)
+        self.path = self.checkpoint.path
         self.config = self.checkpoint.config
+        if self.draft and self._head_stays_on_cpu():
+            if self.draft != AUTO or draft_model is not None:
+                raise Ds4Error(_CPU_HEAD)
+            self.draft = 0
         self.ctx = self._check_ctx(ctx)
+        self.memory = self._plan_memory(sessions)
+        if on_plan is not None:
+            on_plan(self.memory)
+        self.memory.check()
         self.backend: Backend | None = None
-        self.model = self._load_on_gpu(on_load) if self.device == "cuda" else self._load()
-        self._make_drafter: Callable[[], Drafter] | None = None
+        self.model, self._make_drafter = self._load(on_load)
         if self.draft:
-            self._make_drafter = draft_head(self.model, self.checkpoint)
             self.draft = self._resolve_length(self.draft)
         self._costs = Costs()
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_known = False
 
+    def _open(self, path: str | os.PathLike[str] | None, draft_model: str | os.PathLike[str] | None) -> Checkpoint:
+        """The checkpoint and its draft head."""
+        head_path = hub.local_path(draft_model) if draft_model is not None else None
+        return open_checkpoint(
+            hub.local_path(path) if path is not None else bundled_model_path(), head_path, replace_draft=True
+        )
+
+    def _plan_memory(self, sessions: int) -> Fit:
+        """What will be allocated, against what is free now."""
+        n = self.numerics
+        formats = RowFormats.of(self.config, kv_fp8=n.kv_fp8, kv_rope_bf16=n.kv_rope_bf16, index_fp4=n.index_fp4)
+        longest = DECODE_ROWS if self.draft == AUTO else int(self.draft) + 1
+        if not self.config.n_mtp_layers:
+            longest = 1
+        device = current_gpu() if self.device == "cuda" else torch.device("cpu")
+        planner = Planner(
+            self.checkpoint,
+            "cuda" if self.device == "cuda" else "cpu",
+            formats=formats,
+            n_toks=range(1, longest + 1),
+            sessions=sessions,
+            in_file=self.weights_in_file,
+        )
+        return planner.fit(self.ctx, free_bytes(device))
+
     def _check_draft(self, draft: int | str, from_file: bool) -> DraftLength:
-        """What was asked for, as far as it can be done on this device."""
+        """What was asked for."""
         length = draft_length(draft)
         if from_file and length == 0:
             raise Ds4Error("draft: it is off, so the draft model would not be used; leave out one of them")
-        if self.device == "cuda":
-            if from_file or length not in (0, AUTO):
-                raise Ds4Error("draft: drafting on a GPU comes later; use --draft off")
-            return 0
         return length
+
+    def _head_stays_on_cpu(self) -> bool:
+        """Whether the draft head has no kernels while the trunk runs on a GPU."""
+        return self.device == "cuda" and self.config.dspark_block_size is not None
 
     def _resolve_length(self, length: DraftLength) -> DraftLength:
         """``length``, or 0 where AUTO finds no head. Raises Ds4Error for a number that cannot be drafted."""
+        if length not in (0, AUTO) and self._head_stays_on_cpu():
+            raise Ds4Error(_CPU_HEAD)
         drafter = self.new_drafter()
         if length == AUTO:
             return AUTO if drafter is not None else 0
@@ -116,21 +161,29 @@ class LLM:
             raise Ds4Error(f"draft: this draft head drafts at most {drafter.max_tokens} tokens, {length} were wanted")
         return length
 
-    def new_drafter(self) -> Drafter | None:
-        """The draft head at work on a new text; None where nothing is drafted."""
-        return self._make_drafter() if self._make_drafter is not None else None
+    def new_drafter(self, decoder: Decoder | None = None) -> Drafter | None:
+        """The draft head at work on a new text; None where nothing is drafted.
 
-    def _load(self) -> Transformer:
-        return Transformer(self.config, self.checkpoint, self.numerics)
+        ``decoder``: the session's whose steps go through kernels, so that drafts do too.
+        """
+        return self._make_drafter(decoder) if self._make_drafter is not None else None
 
-    def _load_on_gpu(self, on_load: Progress | None) -> Transformer:
-        if self.numerics != GROUPS[DEFAULT_GROUP]:
-            raise Ds4Error(f"numerics: the GPU kernels compute as {DEFAULT_GROUP!r} does; others need --device cpu")
-        device = current_gpu()
-        self.backend = backend_for(device)
-        params = DeviceParams(self.checkpoint, device, on_load)
+    def _load(self, on_load: Progress | None) -> tuple[Transformer, MakeDrafter | None]:
+        """The network on its device, and its draft head if one is wanted."""
+        device = torch.device("cpu")
+        if self.device == "cuda":
+            if self.numerics != GROUPS[DEFAULT_GROUP]:
+                raise Ds4Error(f"numerics: the GPU kernels compute as {DEFAULT_GROUP!r} does; others need --device cpu")
+            device = current_gpu()
+            self.backend = backend_for(device)
+        params = self._params(device, on_load)
         with explained_memory(f"the weights, {self.checkpoint.total_bytes / 1e9:.1f} GB; choose a smaller checkpoint"):
-            return Transformer(self.config, params, self.numerics, device)
+            model = Transformer(self.config, params, self.numerics, device)
+            return model, draft_head(model, params) if self.draft else None
+
+    def _params(self, device: torch.device, on_load: Progress | None) -> Params:
+        """Where the network takes its weights from."""
+        return DeviceParams(self.checkpoint, device, on_load) if self.device == "cuda" else self.checkpoint
 
     def _check_ctx(self, ctx: int) -> int:
         limit = self.config.max_position_embeddings

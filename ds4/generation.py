@@ -9,10 +9,11 @@ from collections.abc import Generator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field
 
+from ds4.ahead import decoding
 from ds4.draft_length import Costs, DraftLength
 from ds4.sampling import Sampler, SamplingParams
 from ds4.session import Progress, Session
-from ds4.speculation import DraftStatistics, Speculation
+from ds4.speculation import DraftStatistics
 from ds4.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -87,7 +88,7 @@ class Answer:
         self._sampler = Sampler(params)
         self._decoder = StreamDecoder(tokenizer, skip_special=True) if tokenizer else None
         self._n_known = tokenizer.n_vocab if tokenizer else 0  # the model's vocabulary may be padded beyond it
-        self._speculation = Speculation(session, self._sampler, length, costs)
+        self._speculation = decoding(session, self._sampler, length, costs)
         if length != 0:
             self.statistics.draft = self._speculation.statistics
 
@@ -127,7 +128,7 @@ class Answer:
                 yield self._piece(token)
                 if self._left() < 1:
                     return
-            tokens = self._speculation.step(self._history, self._left()).tokens
+            tokens = self._speculation.tokens(self._history, self._left())
 
     def _take(self, token: int) -> None:
         self.statistics.generated_tokens += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from ds4.errors import Ds4Error
 
 _MASK64 = (1 << 64) - 1
 MAX_SEED = (1 << 63) - 1
+NOT_FINITE = "the model's output is not finite (NaN or infinity): the checkpoint's weights look damaged"
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ def _check_int(name: str, value: object, low: int, high: int | None = None) -> N
         raise Ds4Error(f"{name} must be a whole number, {allowed}, got {value!r}")
 
 
-def _check_float(name: str, value: object, allowed: str, accept) -> None:
-    """Raise unless ``value`` is a finite number that ``accept`` takes."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not accept(value):  # type: ignore[arg-type]
+def _check_float(name: str, value: object, allowed: str, accept: Callable[[float], bool]) -> None:
+    """Raise unless ``value`` is a finite number (not a bool) that ``accept`` takes."""
+    number = None if isinstance(value, bool) or not isinstance(value, int | float) else value
+    if number is None or not math.isfinite(number) or not accept(number):
         raise Ds4Error(f"{name} must be a finite number, {allowed}, got {value!r}")
 
 
@@ -92,7 +93,7 @@ def greedy_token(logits: torch.Tensor) -> int:
     """Index of the largest logit, the lowest index on ties; Ds4Error if it is not finite (argmax finds a NaN first)."""
     token = int(torch.argmax(logits))
     if not math.isfinite(float(logits[token])):
-        raise Ds4Error("the model's output is not finite (NaN or infinity): the checkpoint's weights look damaged")
+        raise Ds4Error(NOT_FINITE)
     return token
 
 

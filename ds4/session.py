@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from ds4.errors import Ds4Error
-from ds4.kernels.launch import DECODE_ROWS
-from ds4.mtp.drafter import Draft
+from ds4.graph.loop import DeviceLoop, Outcome
+from ds4.kernels.launch import DECODE_ROWS, Launch
+from ds4.kernels.threads import one_thread
+from ds4.model.steps import Decoder
+from ds4.mtp.drafter import Draft, Drafter, KernelDrafter
 from ds4.profiling.environment import decoder_for, print_report
-from ds4.sampling import Sampler
+from ds4.sampling import NOT_FINITE, Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from ds4.engine import LLM
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all): tokens while a prompt is processed, bytes while weights are loaded."""
+
+_GREEDY = Sampler(SamplingParams(seed=0))
 
 
 @contextmanager
@@ -36,20 +41,6 @@ def explained_memory(what: str) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For decode steps and drafts: matrix-vector products gain nothing from a second thread, small operations lose."""
-    threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class Session:
     """One text in progress: its tokens, its state, and where it stands.
 
@@ -62,13 +53,29 @@ class Session:
 
     def __init__(self, llm: LLM, ctx: int) -> None:
         self.llm = llm
-        self.drafter = llm.new_drafter()
         self.ctx = ctx
         self.ids: list[int] = []
         with explained_memory(f"a context of {ctx} tokens; choose a smaller --ctx"):
             self.cache = llm.model.new_cache(ctx, decoded=llm.backend is None)
         self._decoder = decoder_for(llm.model, self.cache, llm.backend) if llm.backend is not None else None
         self._highest = 0
+        self.drafter = llm.new_drafter(self._decoder)
+
+    @property
+    def drafter(self) -> Drafter | None:
+        return self._drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter | None) -> None:
+        self._drafter = drafter
+        self._kernel_drafter: KernelDrafter | None = None
+        self._loop: DeviceLoop | None = None
+        if self._decoder is not None:
+            if isinstance(drafter, KernelDrafter):
+                self._kernel_drafter = drafter
+            elif drafter is not None and drafter.layers:
+                raise ValueError("a drafter that reads streams has to work by kernels here")
+            self._decoder.watch(self._kernel_drafter)
 
     @property
     def position(self) -> int:
@@ -83,19 +90,20 @@ class Session:
         bad = next((i for i in ids if not 0 <= i < vocab), None)
         if bad is not None:
             raise Ds4Error(f"token id {bad} is outside the vocabulary of {vocab}")
-        if self.position + len(ids) > self.ctx:
-            raise Ds4Error(
-                f"ctx: {self.position + len(ids)} tokens do not fit the context of {self.ctx}; "
-                "shorten the prompt or raise --ctx"
-            )
+        wanted, most = self.position + len(ids), self.llm.config.max_position_embeddings
+        if wanted > self.ctx:
+            missing = self.llm.session_bytes(wanted) - self.llm.session_bytes(self.ctx)
+            more = f" or use --ctx {wanted}, which takes {missing:,} bytes more" if wanted <= most else ""
+            raise Ds4Error(f"ctx: {wanted} tokens do not fit the context of {self.ctx}; shorten the prompt{more}")
         return ids
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], chunk: int | None = None, progress: Progress | None = None) -> Tensor:
         """Process prompt tokens in the prefill form; logits f32 ``[vocab]`` of the last one.
 
-        ``chunk`` tokens at a time (None: all at once); the result does not depend on it. Raises Ds4Error when the
-        tokens do not fit the context. Broken off (Ctrl-C, an error in ``progress``), it leaves the session empty.
+        ``chunk`` tokens at a time (None: all at once); the result does not depend on it. ``progress`` is told often, in
+        tokens' worth of work. Raises Ds4Error when the tokens do not fit the context. Broken off (Ctrl-C, an error in
+        ``progress``), it leaves a session of the tokens that were finished by then, which goes on as any other.
         """
         ids = self._check(ids)
         if chunk is not None and chunk < 1:
@@ -104,19 +112,29 @@ class Session:
         logits = torch.empty(0)
         try:
             for i in range(0, len(ids), step):
-                part = ids[i : i + step]
-                on_tile = partial(_report, progress, i, len(ids)) if progress else None
-                logits = self.llm.model.prefill(part, self.position, self.cache, on_tile=on_tile, observer=self.drafter)
-                self.ids += part
-        except BaseException:  # rings have lost what the old position needs; position 0 needs nothing of them
-            self.ids.clear()
-            self._highest = 0
-            self._drafter_back()
+                logits = self.llm.model.prefill(
+                    ids[i : i + step],
+                    self.position,
+                    self.cache,
+                    taken=self.ids,
+                    progress=partial(_report, progress, i, len(ids)) if progress else None,
+                    observer=self.drafter,
+                )
+        except BaseException:
+            if self.drafter is not None and self.drafter.position != self.position:
+                self._forget()  # it was interrupted itself, and its rings have lost what the old position needs
             raise
-        self._highest = max(self._highest, self.position)
+        finally:
+            self._highest = max(self._highest, self.position)
         if progress is not None:
             progress(len(ids), len(ids))
         return logits
+
+    def _forget(self) -> None:
+        """Back to an empty session."""
+        self.ids.clear()
+        self._highest = 0
+        self._drafter_back()
 
     @torch.inference_mode()
     def decode(self, ids: Sequence[int]) -> Tensor:
@@ -126,7 +144,7 @@ class Session:
             raise ValueError(f"a decode step takes at most {DECODE_ROWS} tokens, got {len(ids)}")
         self._highest = max(self._highest, self.position + len(ids))  # rows are there even if it is broken off
         if self._decoder is not None:
-            logits = self._decoder.decode(ids, self.position)
+            logits = self._decode_by_kernels(self._decoder, ids)
         else:
             try:
                 with one_thread():
@@ -135,6 +153,20 @@ class Session:
                 self._drafter_back()
                 raise
         self.ids += ids
+        return logits
+
+    def _decode_by_kernels(self, decoder: Decoder, ids: Sequence[int]) -> Tensor:
+        if self._kernel_drafter is None:
+            logits = decoder.decode(ids, self.position)
+            if self.drafter is not None:  # reads no streams
+                launch = Launch.decode_step(self.position, len(ids))
+                rows = torch.zeros(launch.n_rows, dtype=torch.int64)
+                rows[list(launch.rows)] = torch.tensor(ids)
+                self.drafter.observe(launch, rows, [])
+            return logits
+        self._kernel_drafter.begin(ids[0])
+        logits = decoder.decode(ids, self.position)
+        self._kernel_drafter.end(len(ids))
         return logits
 
     def _drafter_back(self) -> None:
@@ -151,6 +183,55 @@ class Session:
             return Draft()
         with one_thread():
             return self.drafter.draft(history, k, sampler)
+
+    def loop(self, sampler: Sampler) -> DeviceLoop | None:
+        """The device's own loop over this session (ds4/ahead.py); None where there is none that chooses as this sampler
+        does, or that drafts as this session's drafter: it is greedy, and does not look at the text."""
+        greedy = sampler.params.temperature == 0 and sampler.params.repetition_penalty == 1
+        if self._decoder is None or self._decoder.timed or self.drafter is not self._kernel_drafter or not greedy:
+            return None
+        if self._loop is None:
+            self._loop = DeviceLoop(self._decoder, self._kernel_drafter)
+        return self._loop
+
+    def reach(self, position: int) -> None:
+        """The loop is going to process tokens up to ``position`` at most."""
+        self._highest = max(self._highest, position)
+
+    def take(self, token: int, loop: DeviceLoop) -> Outcome:
+        """What the loop's oldest step chose behind ``token``; all of it but the last token is processed then.
+
+        Raises Ds4Error where the logits that decided are not finite. Broken off, it leaves the session where it was.
+        """
+        try:
+            outcome = loop.take()
+            if not outcome.finite:
+                raise Ds4Error(NOT_FINITE)
+        except BaseException:
+            self._drafter_back()
+            raise
+        self.ids += [token, *outcome.tokens[:-1]]
+        return outcome
+
+    @torch.inference_mode()
+    def speculate(self, token: int, k: int) -> tuple[list[int], Tensor]:
+        """Draft ``k`` tokens behind ``token``, verify and accept them greedily, all of it on the device.
+
+        token    the next one, not processed yet
+        k        0 to 7; 0 where no token is processed, or there is no draft head
+        returns  1 to k + 1 tokens, of which the session has then processed all but the last, and the rows
+                 f32 [n, vocab] that they were chosen from, on the device
+        Raises Ds4Error where a logit that is needed is not finite, ValueError for a session that has no :meth:`loop`.
+        """
+        loop = self.loop(_GREEDY)
+        if loop is None:
+            raise ValueError("the session does not decode by kernels")
+        (token,) = self._check([token])
+        self.reach(self.position + k + 1)
+        loop.start(self.position, token)
+        loop.launch(k)
+        outcome = self.take(token, loop)
+        return outcome.tokens, loop.rows(outcome)
 
     def print_profile(self) -> None:
         """The table that DS4_PROFILE asks for (ds4.profiling.environment), on standard error; nothing without it."""

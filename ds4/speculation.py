@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ds4.draft_length import Costs, DraftLength, Pace
 from ds4.mtp.accept import Accepted, accept
+from ds4.mtp.drafter import Draft
 from ds4.sampling import Sampler
 from ds4.session import Session
 
@@ -22,9 +23,10 @@ class DraftStatistics:
     mode           as asked for: "auto" or a number of tokens
     drafts         steps that verified a draft
     drafted        tokens in them
+    cut            tokens that were drafted and not verified, because the head thought too little of them
     accepted       those that were kept
     tokens         chosen by the steps, with and without a draft
-    draft_seconds  spent on drafting
+    draft_seconds  spent on drafting; none where a GPU drafts and verifies in one go, which is a step's time
     steps          decode steps by number of tokens
     seconds        time in them, likewise
     plain_seconds  of one step without a draft: measured in this generation or an earlier one; None if never
@@ -34,6 +36,7 @@ class DraftStatistics:
     mode: DraftLength = 0
     drafts: int = 0
     drafted: int = 0
+    cut: int = 0
     accepted: int = 0
     tokens: int = 0
     draft_seconds: float = 0.0
@@ -68,6 +71,7 @@ class DraftStatistics:
             "mode": self.mode,
             "drafts": self.drafts,
             "drafted": self.drafted,
+            "cut": self.cut,
             "accepted": self.accepted,
             "mean_accepted": self.mean_accepted,
             "tokens_per_step": self.tokens_per_step,
@@ -82,7 +86,7 @@ class DraftStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Tokens chosen by one step, and the rows f32 ``[len(tokens), vocab]`` that they were chosen from."""
+    """Tokens chosen by one step, and the rows f32 ``[len(tokens), vocab]`` they were chosen from, on any device."""
 
     tokens: list[int]
     logits: Tensor
@@ -116,8 +120,18 @@ class Speculation:
         session = self.session
         started = time.perf_counter()
         k = min(self._pace.next(), most - 1, session.ctx - session.position - 1)
+        if session.loop(self.sampler) is not None:
+            k = k if session.position else 0
+            tokens, rows = session.speculate(history[-1], k)
+            seconds = time.perf_counter() - started
+            self._count(k, k, len(tokens) - 1, 0.0, seconds, confident=False)
+            return Step(tokens, rows)
         draft = session.draft(history, k, self.sampler)
-        k = len(draft.tokens)
+        n_drafted = k = len(draft.tokens)
+        confident = bool(draft.confidence)
+        if confident:
+            k = self._pace.keep(draft.confidence)
+            draft = Draft(draft.tokens[:k], draft.probs[:k], draft.confidence[:k])
         drafted = time.perf_counter()
         logits = session.decode([history[-1], *draft.tokens]).cpu()
         done = time.perf_counter()
@@ -126,19 +140,27 @@ class Speculation:
         else:
             accepted = Accepted(0, self.sampler.sample(logits[0], history))
         session.rewind(k - accepted.n)
-        self._count(k, accepted.n, drafted - started, done - drafted)
+        self._count(n_drafted, k, accepted.n, drafted - started, done - drafted, confident=confident)
         return Step([*draft.tokens[: accepted.n], accepted.token], logits[: accepted.n + 1])
 
-    def _count(self, k: int, n: int, draft_seconds: float, step_seconds: float) -> None:
+    def tokens(self, history: Sequence[int], most: int) -> list[int]:
+        """As :meth:`step`, without the rows."""
+        return self.step(history, most).tokens
+
+    def _count(
+        self, n_drafted: int, k: int, n: int, draft_seconds: float, step_seconds: float, *, confident: bool
+    ) -> None:
         s = self.statistics
-        self._costs.add(k + 1, step_seconds, draft_seconds)
-        self._pace.add(k, n)
+        self._costs.add(k + 1, step_seconds, draft_seconds, n_drafted)
+        self._pace.add(k, n, n_drafted if confident else None)
         s.tokens += n + 1
+        s.cut += n_drafted - k
+        if n_drafted:
+            s.draft_seconds += draft_seconds
         if k:
             s.drafts += 1
             s.drafted += k
             s.accepted += n
-            s.draft_seconds += draft_seconds
         s.steps[k + 1] = s.steps.get(k + 1, 0) + 1
         s.seconds[k + 1] = s.seconds.get(k + 1, 0.0) + step_seconds
         if self._costs.measured(1):

@@ -26,9 +26,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_checks import capture, cases_of, copy_to
+from gpu_checks import cases_of, copy_to
 
 from ds4.errors import CudaError, Ds4Error
+from ds4.graph.capture import CudaGraph
 from ds4.kernels.bandwidth import measure as measure_copy
 from ds4.kernels.bandwidth import open_gpu, seconds
 from ds4.kernels.cases import Case, Inputs
@@ -47,7 +48,7 @@ class Prepared:
 
     operation: Operation
     case: Case
-    graph: torch.cuda.CUDAGraph
+    graph: CudaGraph
     calls: Sequence[KernelCall]
     n: int
 
@@ -69,7 +70,7 @@ def prepare(operation: Operation, case: Case, backend: CudaBackend, device: torc
     sets = [base, *(copy_to(base, device) for _ in range(copies_for(tensor_bytes(base), free) - 1))]
     calls = [call for inputs in sets for call in operation.calls(inputs, operation.outputs(inputs))]
     backend.run(calls)
-    return Prepared(operation, case, capture(backend, calls), calls, len(sets))
+    return Prepared(operation, case, CudaGraph(backend, calls), calls, len(sets))
 
 
 def flush_buffer(l2_bytes: int, device: torch.device) -> Tensor:

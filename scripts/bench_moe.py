@@ -30,11 +30,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench_kernels import flush_buffer
-from gpu_checks import capture
 from gpu_compile import compile_many
 from moe_layers import MIXTURES, ROUTINGS, Plan, random_ids, random_layer, resident
 
 from ds4.errors import CudaError, Ds4Error
+from ds4.graph.capture import CudaGraph
 from ds4.kernels.bandwidth import measure as measure_copy
 from ds4.kernels.bandwidth import open_gpu, seconds
 from ds4.kernels.cases import Inputs, Outputs
@@ -54,7 +54,7 @@ class Prepared:
     part: str
     routing: str
     n_tok: int
-    graph: Any
+    graph: CudaGraph
     calls: Sequence[KernelCall]
     distinct: list[int]
 
@@ -126,7 +126,7 @@ class Bench:
             result = self.activations(n_tok)[1]["mid" if part == "up" else "y"]
             if not result.isfinite().all():
                 raise Ds4Error(f"moe {part}: a result for {n_tok} tokens is not finite")
-            yield Prepared(part, routing, n_tok, capture(backend, calls), calls, distinct)
+            yield Prepared(part, routing, n_tok, CudaGraph(backend, calls), calls, distinct)
 
 
 def measure(

@@ -43,16 +43,17 @@ class Stage:
 
 # In the order of how much later stages depend on them. The limits together stay under TOTAL_S where there is a GPU.
 STAGES = (
-    Stage("machine", 40),
-    Stage("doctor", 45),
+    Stage("machine", 35),
+    Stage("doctor", 40),
     Stage("compile", 100, "gpu"),
     Stage("compile", 900, "no gpu"),
     Stage("emulation", 300, "no gpu"),
-    Stage("kernels", 110, "gpu"),
-    Stage("bench", 65, "gpu"),
-    Stage("moe", 55, "gpu"),
-    Stage("sanitizer", 55, "gpu"),
+    Stage("kernels", 105, "gpu"),
+    Stage("bench", 60, "gpu"),
+    Stage("moe", 50, "gpu"),
+    Stage("sanitizer", 45, "gpu"),
     Stage("model", 55, "gpu"),
+    Stage("replay", 35, "gpu"),
 )
 
 

@@ -13,8 +13,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ds4.graph.capture import CudaGraph
 from ds4.kernels.cases import Case, Group, Inputs, Outputs
-from ds4.kernels.entry import Backend, Entry, KernelCall
+from ds4.kernels.entry import Backend, Entry
 from ds4.kernels.registry import Operation, results_of
 from ds4.kernels.verify import CPU, TOKEN_COUNTS, compared, copy_to, n_tokens, restore
 
@@ -58,14 +59,6 @@ def check_complete(operation: Operation) -> list[str]:
     return found
 
 
-def capture(backend: Backend, calls: Sequence[KernelCall]) -> torch.cuda.CUDAGraph:
-    """``calls``, which ran before, as a CUDA graph; it writes to the tensors of ``calls``, which the caller keeps."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        backend.run(calls)
-    return graph
-
-
 def check_graph(operation: Operation, case: Case, backend: Backend, device: torch.device) -> list[str]:
     """Replays of a captured launch equal eager launches bit for bit: twice on the inputs of the capture, and once on
     others put into the same tensors, so that a value baked into the graph shows. Needs a GPU."""
@@ -76,7 +69,7 @@ def check_graph(operation: Operation, case: Case, backend: Backend, device: torc
     outputs = operation.outputs(inputs)
     calls = operation.calls(inputs, outputs)
     results = results_of(operation, inputs, outputs)
-    graph = capture(backend, calls)
+    graph = CudaGraph(backend, calls)
     found = []
     rounds = [("first replay", fresh, eager[0]), ("second replay", fresh, eager[0])]
     if _same_form(fresh, other):

@@ -28,6 +28,7 @@ import bench_moe
 import gpu_checks
 import gpu_compile
 import gpu_machine
+import gpu_replay
 import moe_layers
 import torch
 from gpu_checks import CPU, GROUPS, cases_of
@@ -237,6 +238,7 @@ STAGES: dict[str, Callable[[Options], Iterator[Item]]] = {
     "model": lambda options: (
         Item(f"model: {name}", run) for name, run in gpu_machine.model(Path(__file__).resolve().parents[1], Skip)
     ),
+    "replay": lambda options: (Item(f"replay: {name}", run) for name, run in gpu_replay.items(options.quick)),
 }
 
 

@@ -25,9 +25,10 @@ import torch
 from ds4.cli_bench import Wanted, begin, on_gpu
 from ds4.cli_common import TOKENS, WholeRange
 from ds4.errors import CudaError, Ds4Error
+from ds4.graph.capture import CudaGraph
 from ds4.kernels.entry import Backend
 from ds4.model.steps import DecodeStep
-from ds4.profiling.clock import Clock, CudaClock, GraphBackend, TimedBackend
+from ds4.profiling.clock import Clock, CudaClock, TimedBackend
 from ds4.profiling.measure import WARM_UP
 from ds4.profiling.timeline import Span, chrome_trace, idle_record, labelled, laid_out, spans_of
 
@@ -128,10 +129,7 @@ def main(out: str, model: str | None, n_tok: int, ctx: int | None, graph: bool, 
         llm = on_gpu(Wanted(model=model, n_tok=n_tok, ctx=ctx), n_more)
         ids, position, decoder = begin(llm, ctx, n_more)
         step = decoder.step(n_tok)
-        replay = None
-        if graph:
-            step.run(ids[position : position + n_tok], position, decoder.backend)  # what is captured has to be loaded
-            replay = GraphBackend(decoder.backend, step.calls)
+        replay = CudaGraph(decoder.backend, step.calls) if graph else None
         spans, seen = capture(step, ids[position:], position, decoder.backend, replay, by)
     except (Ds4Error, CudaError) as error:
         click.echo(f"trace_decode: {error}", err=True)

@@ -44,6 +44,20 @@ static std::string hex(const void *data, size_t n) {
     return text;
 }
 
+// A stream, an event or a graph is a number, counted up.
+template <class T>
+static CUresult made(const char *name, T *handle) {
+    static size_t n = 0;
+    *handle = reinterpret_cast<T>(0xe00 + ++n);
+    return log(name), result(name);
+}
+
+static std::string number(const void *handle) {
+    char text[20];
+    snprintf(text, sizeof text, " %zx", reinterpret_cast<size_t>(handle));
+    return text;
+}
+
 extern "C" {
 
 CUresult cuInit(unsigned) { return result("cuInit"); }
@@ -133,6 +147,51 @@ CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute attribute, int valu
 
 CUresult cuStreamSynchronize(CUstream) { return log("synchronize"), result("cuStreamSynchronize"); }
 
+CUresult cuStreamCreate(CUstream *stream, unsigned) { return made("cuStreamCreate", stream); }
+CUresult cuStreamDestroy(CUstream) { return log("cuStreamDestroy"), CUDA_SUCCESS; }
+
+CUresult cuStreamBeginCapture(CUstream stream, CUstreamCaptureMode mode) {
+    return log("begin capture" + number(stream) + " mode " + std::to_string(mode)), result("cuStreamBeginCapture");
+}
+
+CUresult cuStreamEndCapture(CUstream, CUgraph *graph) {
+    log("end capture");
+    *graph = reinterpret_cast<CUgraph>(0x91);
+    return result("cuStreamEndCapture");
+}
+
+CUresult cuGraphInstantiateWithFlags(CUgraphExec *exec, CUgraph, unsigned long long) {
+    return made("cuGraphInstantiate", exec);
+}
+
+CUresult cuGraphDestroy(CUgraph) { return log("cuGraphDestroy"), CUDA_SUCCESS; }
+CUresult cuGraphExecDestroy(CUgraphExec) { return log("cuGraphExecDestroy"), CUDA_SUCCESS; }
+CUresult cuGraphUpload(CUgraphExec, CUstream) { return log("cuGraphUpload"), result("cuGraphUpload"); }
+
+CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream) {
+    return log("graph" + number(exec) + " stream" + number(stream)), result("cuGraphLaunch");
+}
+
+CUresult cuEventCreate(CUevent *event, unsigned flags) {
+    return made(("cuEventCreate " + std::to_string(flags)).c_str(), event);
+}
+
+CUresult cuEventRecord(CUevent event, CUstream stream) {
+    return log("event" + number(event) + " stream" + number(stream)), result("cuEventRecord");
+}
+
+CUresult cuEventSynchronize(CUevent event) { return log("wait for event" + number(event)), result("cuEventSynchronize"); }
+
+CUresult cuEventElapsedTime(float *ms, CUevent, CUevent) {
+    *ms = 2.5f;
+    return result("cuEventElapsedTime");
+}
+
+CUresult cuMemcpyDtoHAsync(void *to, CUdeviceptr from, size_t n, CUstream stream) {
+    memcpy(to, reinterpret_cast<const void *>(from), n);  // "device" memory is the host's here
+    return log("copy " + std::to_string(n) + " stream" + number(stream)), result("cuMemcpyDtoHAsync");
+}
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction, void **params, void **extra) {
     char head[200];
     snprintf(head, sizeof head, "launch grid %u %u %u block %u %u %u shared %u stream %zx extra %d params", c->gridDimX,
@@ -167,7 +226,7 @@ CUresult cuGetExportTable(const void **table, const CUuuid *) {
 // cuda.bindings asks for names without a version suffix; the exported ones carry those that cuda.h gives them.
 CUresult cuGetProcAddress(const char *name, void **address, int, cuuint64_t, CUdriverProcAddressQueryResult *status) {
     *address = nullptr;
-    for (const char *suffix : {"_v3", "_v2", ""})
+    for (const char *suffix : {"_v3", "_v2", "", "WithFlags"})
         if (!*address) *address = dlsym(RTLD_DEFAULT, (std::string(name) + suffix).c_str());
     Dl_info info;
     if (*address && dladdr(*address, &info) && !strstr(info.dli_fname, "libcuda.so.1")) *address = nullptr;

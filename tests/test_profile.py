@@ -16,11 +16,12 @@ from ds4.cli import main
 from ds4.cli_bench import Wanted, count_dispatch, profile
 from ds4.engine import LLM
 from ds4.errors import Ds4Error
+from ds4.graph import capture
 from ds4.model.device_params import DeviceParams
 from ds4.model.steps import DecodeStep
 from ds4.model.transformer import Transformer
 from ds4.profiling import clock, environment, measure, tables
-from ds4.profiling.clock import GraphBackend, TimedBackend
+from ds4.profiling.clock import TimedBackend
 from ds4.profiling.dispatch import CountingBackend, dispatch_record, planned
 from ds4.profiling.measure import Recording, moe_record, profile_record
 from ds4.profiling.plan import PlannedPart, StepPlan
@@ -152,27 +153,6 @@ def test_timed_backend():
         timed.run(["a", "b", "c"])  # type: ignore[list-item]
 
 
-def test_graph_backend(monkeypatch):
-    class Graph:
-        def __enter__(self):
-            log.ran.append("capture")
-
-        def __exit__(self, *error: object):
-            log.ran.append("end")
-
-        def replay(self):
-            log.ran.append("replay")
-
-    log, calls = Log(), ["a"]
-    monkeypatch.setattr(clock.torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(clock.torch.cuda, "graph", lambda graph: graph)
-    graph = GraphBackend(log, calls)  # type: ignore[arg-type]
-    graph.run(calls)  # type: ignore[arg-type]
-    assert log.ran == ["capture", "a", "end", "replay"]
-    with pytest.raises(ValueError, match="not those of the graph"):
-        graph.run(["a"])  # type: ignore[list-item]
-
-
 def test_counting_backend():
     calls: Any = ["a", "b", "a"]
     log = Log()
@@ -216,7 +196,7 @@ def test_the_command(llm, short, monkeypatch):
     monkeypatch.setattr(cli_bench, "on_gpu", lambda wanted, n_more: llm)
     monkeypatch.setattr(environment, "copy_gb_s", lambda backend, device: 1000.0)
     monkeypatch.setattr(clock, "CudaClock", Ticks)
-    monkeypatch.setattr(clock, "GraphBackend", lambda backend, calls: backend)
+    monkeypatch.setattr(capture, "CudaGraph", lambda backend, calls: backend)
     result = CliRunner().invoke(main, ["bench", "--profile", "--ctx", "5", "--steps", "1"])
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,9 +70,9 @@ def measure(backend: CudaBackend, device: torch.device, repeats: int = REPEATS) 
         y, sums = torch.empty_like(x), torch.empty(blocks * 256, device=device)
         copy, read = bandwidth_call(COPY, x, y, blocks), bandwidth_call(READ, x, sums, blocks)
         works: dict[str, tuple[int, Callable[[], object]]] = {
-            "read": (size, lambda read=read: backend.run([read])),  # type: ignore[misc]
-            "copy": (2 * size, lambda copy=copy: backend.run([copy])),  # type: ignore[misc]
-            "memcpy": (2 * size, lambda x=x, y=y: y.copy_(x)),  # type: ignore[misc]
+            "read": (size, partial(backend.run, [read])),
+            "copy": (2 * size, partial(backend.run, [copy])),
+            "memcpy": (2 * size, partial(y.copy_, x)),
         }
         rates: dict[str, list[float]] = {kind: [] for kind in works}
         for repeat in range(repeats + 1):  # the first round compiles, loads and warms up

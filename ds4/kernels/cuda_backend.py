@@ -1,8 +1,8 @@
 """Launches on a GPU: cubins loaded into torch's context, run on torch's current stream.
 
 Everything goes through ``cuda.bindings.driver``: cuLaunchKernelEx takes an ArgPack's address as ``kernelParams`` and
-the attributes for clusters and programmatic dependent launch. Launches are asynchronous and may be captured by
-``torch.cuda.graph``; whoever captures keeps the packs, and so their tensors, alive.
+the attributes for clusters and programmatic dependent launch. Launches are asynchronous and may be captured
+(ds4/graph/capture.py); whoever captures keeps the packs, and so their tensors, alive.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class LoadedKernel:
 class CudaBackend:
     """Runs kernel calls on GPU ``index``.
 
-    A kernel is compiled (or taken from ``cubins``) and loaded when first run, which may take seconds and is refused
-    while a stream is captured. ``synchronous`` waits after every launch, so that an error names the kernel that made
-    it; otherwise a fault may be reported by a later launch or by torch.
+    A kernel is compiled (or taken from ``cubins``) and loaded when first run or prepared, which may take seconds and is
+    refused while torch's stream is captured. ``synchronous`` waits after every launch, so that an error names the
+    kernel that made it; otherwise a fault may be reported by a later launch or by torch.
 
     Raises Ds4Error where there is no driver or GPU, or its architecture has no kernels.
     """
 
     def __init__(self, index: int, *, cubins: CubinCache | None = None, synchronous: bool = False) -> None:
-        self._driver = load_driver()
+        self.driver = load_driver()
         self.facts = device_facts(index)
         self.architecture = self.facts.architecture
         self.synchronous = synchronous
@@ -56,8 +56,8 @@ class CudaBackend:
         self._modules: dict[tuple[str, Constants], Any] = {}
         self._kernels: dict[tuple[Entry, Constants], LoadedKernel] = {}
         doing = f"opening GPU {index} ({self.facts.name})"
-        device = check(self._driver, self._driver.cuDeviceGet(index), doing)
-        self._context = check(self._driver, self._driver.cuDevicePrimaryCtxRetain(device), doing)
+        device = check(self.driver, self.driver.cuDeviceGet(index), doing)
+        self._context = check(self.driver, self.driver.cuDevicePrimaryCtxRetain(device), doing)
 
     def run(self, calls: Sequence[KernelCall]) -> None:
         """Enqueue ``calls`` in order on torch's current stream of the device.
@@ -65,17 +65,28 @@ class CudaBackend:
         Raises Ds4Error where a kernel does not exist for this GPU or does not compile, ValueError where a call does not
         fit the device or loads a kernel while capturing, CudaError where the driver fails.
         """
-        driver = self._driver
-        stream = torch.cuda.current_stream(self.facts.index).cuda_stream
-        with self._current_context():
+        with self.on_device():
+            self.enqueue(calls, self.stream())
+
+    def stream(self) -> Any:
+        """torch's current stream of the device."""
+        return self.driver.CUstream(torch.cuda.current_stream(self.facts.index).cuda_stream)
+
+    def enqueue(self, calls: Sequence[KernelCall], stream: Any) -> None:
+        """:meth:`run` on another stream, within :meth:`on_device`."""
+        driver = self.driver
+        for call in calls:
+            kernel = self._prepare(call)
+            launched = driver.cuLaunchKernelEx(self._config(call, stream), kernel.handle, call.args.address, 0)
+            check(driver, launched, f"launching {call.describe()} on {self.facts.name}")
+            if self.synchronous:
+                check(driver, driver.cuStreamSynchronize(stream), f"running {call.describe()} on {self.facts.name}")
+
+    def prepare(self, calls: Sequence[KernelCall]) -> None:
+        """Load and configure the kernels of ``calls``, so that launching them does nothing else. Raises as ``run``."""
+        with self.on_device():
             for call in calls:
-                kernel = self._prepare(call)
-                config = self._config(call, stream)
-                launched = driver.cuLaunchKernelEx(config, kernel.handle, call.args.address, 0)
-                check(driver, launched, f"launching {call.describe()} on {self.facts.name}")
-                if self.synchronous:
-                    done = driver.cuStreamSynchronize(driver.CUstream(stream))
-                    check(driver, done, f"running {call.describe()} on {self.facts.name}")
+                self._prepare(call)
 
     def load(self, entry: Entry, constants: Constants) -> LoadedKernel:
         """The kernel, compiled and loaded at the first call. Raises as :meth:`run` does."""
@@ -91,8 +102,8 @@ class CudaBackend:
             raise ValueError(f"{entry.name} is not loaded yet: run what is to be captured once before")
         check_entry(entry)
         cubin = self._cubins.get(entry, constants, self.architecture)
-        driver, doing = self._driver, f"loading {entry.name} ({entry.file}, {self.architecture})"
-        with self._current_context():
+        driver, doing = self.driver, f"loading {entry.name} ({entry.file}, {self.architecture})"
+        with self.on_device():
             # One module serves all the kernels of a file; it stays loaded as long as the process lives.
             module = self._modules.get((entry.file, constants))
             if module is None:
@@ -113,7 +124,7 @@ class CudaBackend:
         if on is not None and on != torch.device("cuda", self.facts.index):
             raise ValueError(f"{call.describe()}: the tensors are on {on}, not on cuda:{self.facts.index}")
         kernel = self.load(call.entry, call.constants)
-        driver, attributes = self._driver, self._driver.CUfunction_attribute
+        driver, attributes = self.driver, self.driver.CUfunction_attribute
         if call.shared_bytes > kernel.dynamic_limit:
             needed, most = kernel.static_shared_bytes + call.shared_bytes, self.facts.shared_per_block
             if needed > most:
@@ -132,14 +143,14 @@ class CudaBackend:
                 kernel.large_clusters = True
         return kernel
 
-    def _config(self, call: KernelCall, stream: int) -> Any:
+    def _config(self, call: KernelCall, stream: Any) -> Any:
         """CUlaunchConfig of a call; grid and block are in blocks and threads, with or without clusters."""
-        driver = self._driver
+        driver = self.driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = call.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = call.block
         config.sharedMemBytes = call.shared_bytes
-        config.hStream = driver.CUstream(stream)
+        config.hStream = stream
         attributes = []
         if call.cluster is not None:
             value = driver.CUlaunchAttributeValue()
@@ -156,15 +167,15 @@ class CudaBackend:
 
     def _attribute(self, name: str, value: Any) -> Any:
         """A launch attribute with its value."""
-        attribute = self._driver.CUlaunchAttribute()
-        attribute.id = getattr(self._driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+        attribute = self.driver.CUlaunchAttribute()
+        attribute.id = getattr(self.driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
         attribute.value = value
         return attribute
 
     @contextmanager
-    def _current_context(self) -> Iterator[None]:
-        """torch's context of the device on this thread, and afterwards the one that was there."""
-        driver, doing = self._driver, f"switching to GPU {self.facts.index}"
+    def on_device(self) -> Iterator[None]:
+        """Within it this thread has torch's context of the device, afterwards the one that was there."""
+        driver, doing = self.driver, f"switching to GPU {self.facts.index}"
         check(driver, driver.cuCtxPushCurrent(self._context), doing)
         try:
             yield

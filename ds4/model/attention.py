@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,8 +14,9 @@ from ds4.kernels.attn.op import ATTN_DECODE
 from ds4.kernels.cases import Inputs
 from ds4.kernels.common import apply_rope, rms_norm
 from ds4.kernels.kv_publish.op import KV_PUBLISH_CSA, KV_PUBLISH_HCA, KV_PUBLISH_SWA
-from ds4.kernels.proj import proj, proj_grouped, proj_in
+from ds4.kernels.proj import proj, proj_grouped, proj_grouped_tiles, proj_in, proj_in_tiles, proj_tiles
 from ds4.kernels.proj.op import FORMATS, PROJ_IN, PROJ_OA, PROJ_OB, PROJ_Q, segment_inputs
+from ds4.kernels.threads import each
 from ds4.kv.cache import LayerCache
 from ds4.model.compressor import Compressor
 from ds4.model.context import Context
@@ -20,6 +24,9 @@ from ds4.model.indexer import Indexer
 from ds4.model.params import Params, small
 from ds4.model.steps import RATIO_TABLES, StepBuilder, planes_of
 from ds4.weights.dense_cache import Weight
+
+QUERIES = 32
+"""Prefill form: a tile's queries attend so many at a time."""
 
 
 class Attention:
@@ -47,26 +54,35 @@ class Attention:
         if ratio == 4:
             self.indexer = Indexer(config, params, f"{prefix}.indexer")
 
+    def _inputs(self) -> tuple[list[Weight], list[Weight], list[Weight]]:
+        """Weights of the layer's input projections in ``proj_in``'s three groups."""
+        compressors = (self.compressor, self.indexer.compressor if self.indexer else None)
+        fp32 = [w for c in compressors if c is not None for w in (c.wkv, c.wgate)]
+        return [self.wq_a, self.wkv], [self.indexer.weights_proj] if self.indexer else [], fp32
+
+    def _latents(self, q_a: Tensor, kv: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """qr (normed) and kv (normed and rotated) from their raw projections."""
+        n = ctx.numerics
+        qr = n.rd(rms_norm(q_a, self.q_norm, self.eps))
+        return qr, n.rd(apply_rope(n.rd(rms_norm(kv, self.kv_norm, self.eps)), ctx.cis(self.ratio)))
+
+    def _query(self, q: Tensor, ctx: Context) -> Tensor:
+        """Queries f32 ``[n, h, width]``, normed and rotated, from their raw projection."""
+        return query(q.unflatten(1, (self.n_heads, self.width)), ctx.cis(self.ratio), self.eps, ctx.numerics)
+
     def _project(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """qr (normed), q (normed and rotated), kv (normed and rotated) and the raw compressor/indexer projections."""
-        n = ctx.numerics
-        bf16: list[Weight] = []
-        fp32: list[Weight] = []
-        if self.indexer is not None:
-            bf16.append(self.indexer.weights_proj)
-        for compressor in (self.compressor, self.indexer.compressor if self.indexer else None):
-            if compressor is not None:
-                fp32 += [compressor.wkv, compressor.wgate]
-        q_a, kv, *raw = proj_in(x, [self.wq_a, self.wkv], bf16, fp32, n, ctx.rows)
-        cis = ctx.cis(self.ratio)
-        qr = n.rd(rms_norm(q_a, self.q_norm, self.eps))
-        q = proj(qr, self.wq_b, n, ctx.rows).unflatten(1, (self.n_heads, self.width))
-        kv = n.rd(apply_rope(n.rd(rms_norm(kv, self.kv_norm, self.eps)), cis))
-        return qr, query(q, cis, self.eps, n), kv, raw
+        q_a, kv, *raw = proj_in(x, *self._inputs(), ctx.numerics, ctx.rows)
+        qr, kv = self._latents(q_a, kv, ctx)
+        return qr, self._query(proj(qr, self.wq_b, ctx.numerics, ctx.rows), ctx), kv, raw
+
+    def _groups(self, o: Tensor, ctx: Context) -> Tensor:
+        """Attention's result f32 ``[n, h, width]``, rotated back, as ``wo_a`` takes it: f32 ``[n, g, k]``."""
+        o = ctx.numerics.rd(apply_rope(o, ctx.cis(self.ratio).unsqueeze(-2), inverse=True))
+        return o.flatten(1).unflatten(1, (self.n_groups, -1))
 
     def _output(self, o: Tensor, ctx: Context) -> Tensor:
-        o = ctx.numerics.rd(apply_rope(o, ctx.cis(self.ratio).unsqueeze(-2), inverse=True))
-        z = proj_grouped(o.flatten(1).unflatten(1, (self.n_groups, -1)), self.wo_a, ctx.numerics, ctx.rows)
+        z = proj_grouped(self._groups(o, ctx), self.wo_a, ctx.numerics, ctx.rows)
         return proj(z, self.wo_b, ctx.numerics, ctx.rows)
 
     def decode(self, x: Tensor, ctx: Context, cache: LayerCache) -> Tensor:
@@ -108,25 +124,34 @@ class Attention:
 
     def step(self, x: Tensor, s: StepBuilder, cache: LayerCache) -> Tensor:
         """Launches of the decode step: f32 ``[n_tok, d]`` -> f32 ``[n_tok, d]``."""
+        qr, weights = self.rows_step(x, s, cache)
+        return self.query_step(qr, weights, s, cache)
+
+    def rows_step(self, x: Tensor, s: StepBuilder, cache: LayerCache) -> tuple[Tensor, Tensor | None]:
+        """Launches that write the cache: the normed query latent f32 ``[n_tok, q_lora]``, and the indexer's raw weights
+        f32 ``[n_tok, h]`` where there is one."""
         inputs = [self.wq_a, self.wkv]
         for compressor in (self.compressor, self.indexer.compressor if self.indexer else None):
             if compressor is not None:
                 inputs += [compressor.wkv, compressor.wgate]
-        queries = [self.wq_b]
         if self.indexer is not None:
             inputs.append(self.indexer.weights_proj)
-            queries.append(self.indexer.wq_b)
         made = s.add(PROJ_IN, {"x": x} | segment_inputs([planes_of(w, FORMATS, "proj_in") for w in inputs]))
         raw = [made[f"y{i}"] for i in range(len(inputs))]
-        cis = s.cis[1 if self.ratio else 0]
-        qr = self._publish_step(raw, cis, s, cache)
+        return self._publish_step(raw, s, cache), raw[6] if self.indexer is not None else None
+
+    def query_step(self, qr: Tensor, weights: Tensor | None, s: StepBuilder, cache: LayerCache) -> Tensor:
+        """Launches that read the cache, of what ``rows_step`` gave: f32 ``[n_tok, d]``."""
+        queries = [self.wq_b]
+        if self.indexer is not None:
+            queries.append(self.indexer.wq_b)
         made = s.add(PROJ_Q, {"x": qr} | segment_inputs([planes_of(w, FORMATS, "proj_q") for w in queries]))
         selected = None
-        if self.indexer is not None:
-            selected = self.indexer.step(made["y1"].unflatten(1, (self.indexer.n_heads, -1)), raw[6], s, cache)
+        if self.indexer is not None and weights is not None:
+            selected = self.indexer.step(made["y1"].unflatten(1, (self.indexer.n_heads, -1)), weights, s, cache)
         attended = {
             "q": made["y0"].unflatten(1, (self.n_heads, self.width)),
-            "cis": cis,
+            "cis": self._cis_step(s),
             "sink": self.sink,
             "ring": cache.ring,
             "pool": cache.pool,
@@ -140,10 +165,14 @@ class Attention:
         z = s.add(PROJ_OA, {"x": o} | segment_inputs([planes_of(self.wo_a, FORMATS, "proj_oa")]))["y0"]
         return s.add(PROJ_OB, {"x": z} | segment_inputs([planes_of(self.wo_b, FORMATS, "proj_ob")]))["y0"]
 
-    def _publish_step(self, raw: list[Tensor], cis: Tensor, s: StepBuilder, cache: LayerCache) -> Tensor:
+    def _cis_step(self, s: StepBuilder) -> Tensor:
+        """The layer's table at the tokens' positions, f32 ``[n_tok, rope / 2, 2]``."""
+        return s.cis[1 if self.ratio else 0]
+
+    def _publish_step(self, raw: list[Tensor], s: StepBuilder, cache: LayerCache) -> Tensor:
         """The launch that writes the cache; returns the normed query latent f32 ``[n_tok, q_lora]``."""
-        inputs: Inputs = {"q_a": raw[0], "kv": raw[1], "pos": s.pos, "cis": cis, "eps": self.eps, "ring": cache.ring}
-        inputs |= {"q_norm": self.q_norm, "kv_norm": self.kv_norm}
+        inputs: Inputs = {"q_a": raw[0], "kv": raw[1], "pos": s.pos, "cis": self._cis_step(s), "eps": self.eps}
+        inputs |= {"q_norm": self.q_norm, "kv_norm": self.kv_norm, "ring": cache.ring}
         operation = KV_PUBLISH_SWA
         if self.compressor is not None:
             operation = KV_PUBLISH_HCA
@@ -157,53 +186,76 @@ class Attention:
             inputs |= {"key_state": cache.key_state, "keys": cache.keys}
         return s.add(operation, inputs)["qr"]
 
-    def prefill(self, x: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
-        """x f32 ``[n_rows, d]`` -> f32 ``[n_rows, d]``; without a cache (training) the tile is the whole text."""
-        assert ctx.window_mask is not None
-        qr, q, kv, raw = self._project(x, ctx)
-        keys = [self._window_rows(kv, ctx, cache)]
-        # Without a cache nothing lies before the text, and the part of the mask in front of it is left out too.
-        masks = [ctx.window_mask if cache is not None else ctx.window_mask[:, self.window :]]
+    def prefill(self, xs: Sequence[Tensor], ctxs: Sequence[Context], cache: LayerCache | None) -> list[Tensor]:
+        """x f32 ``[n_rows, d]`` of successive tiles -> f32 ``[n_rows, d]`` each; without a cache (training) there is
+        one tile, the whole text."""
+        n = ctxs[0].numerics
+        q_a, kv, *raw = map(list, zip(*proj_in_tiles(xs, *self._inputs(), n), strict=True))
+        qr, kv = map(list, zip(*each(self._latents, q_a, kv, ctxs), strict=True))
+        weights: list[Tensor] = raw.pop(0) if self.indexer is not None else []
+        rows = self._window_rows(kv, ctxs, cache)
+        pools: list[Tensor | None] = [None] * len(xs)
+        chosen: list[Tensor | None] = [None] * len(xs)
         if self.compressor is not None:
-            index_weights = None
-            if self.indexer is not None:
-                index_weights, raw = raw[0], raw[1:]
-            entries = self.compressor.prefill(raw[0], raw[1], ctx, cache.state if cache else None)
-            keys.append(self._pool_rows(entries, ctx, cache))
-            if self.indexer is None or index_weights is None:
-                n_visible = ((ctx.launch.pos + 1) // self.ratio).unsqueeze(1)
-                masks.append(torch.arange(keys[1].shape[0]) < n_visible)
-            else:
-                key_state = cache.key_state if cache else None
-                tile_keys = self.indexer.compressor.prefill(raw[2], raw[3], ctx, key_state)
-                masks.append(self.indexer.select_prefill(qr, index_weights, ctx, cache, tile_keys))
-        return self._output(attn_prefill(q, torch.cat(keys), self.sink, torch.cat(masks, dim=1), ctx.numerics), ctx)
+            entries = self.compressor.prefill(raw[0], raw[1], ctxs, cache)
+            pools = [entries[: ctx.launch.tile_end // self.ratio] for ctx in ctxs]
+        if self.indexer is not None:
+            chosen = list(self.indexer.select_prefill(qr, weights, raw[2], raw[3], ctxs, cache))
+        o = each(self._attended, proj_tiles(qr, self.wq_b, n), rows, pools, chosen, ctxs)
+        return proj_tiles(proj_grouped_tiles(o, self.wo_a, n), self.wo_b, n)
 
-    def _window_rows(self, kv: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
-        """Rows of positions ``tile_start - window ..`` to the end of the tile; zeros where there is none (yet).
+    def _attended(self, q: Tensor, rows: Tensor, pool: Tensor | None, chosen: Tensor | None, ctx: Context) -> Tensor:
+        """The core of one tile, from raw queries to what ``wo_a`` takes.
+
+        A few queries at a time, so that few rows are multiplied that none of them may see; zeros where there is no
+        token.
+        """
+        assert ctx.window_mask is not None
+        launch, q = ctx.launch, self._query(q, ctx)
+        front = rows.shape[0] - launch.n_rows  # in training there are no rows in front of the text, nor in its mask
+        mask = ctx.window_mask[:, self.window - front :]
+        o = []
+        for first in range(0, launch.n_rows, QUERIES):
+            last = min(first + QUERIES, launch.n_rows)
+            if last <= launch.rows[0] or first > launch.rows[-1]:
+                o.append(torch.zeros_like(q[first:last]))
+                continue
+            seen = slice(max(0, front + first - self.window), front + last)
+            kv, attended = rows[seen], mask[first:last, seen]
+            if pool is not None:
+                n = (launch.tile_start + last) // self.ratio
+                visible = (launch.pos[first:last] + 1) // self.ratio
+                which = torch.arange(n) < visible.unsqueeze(1) if chosen is None else chosen[first:last, :n]
+                kv, attended = torch.cat((kv, pool[:n])), torch.cat((attended, which), dim=1)
+            o.append(attn_prefill(q[first:last], kv, self.sink, attended, ctx.numerics))
+        return self._groups(torch.cat(o), ctx)
+
+    def _window_rows(self, kv: list[Tensor], ctxs: Sequence[Context], cache: LayerCache | None) -> list[Tensor]:
+        """For each tile the rows of positions ``tile_start - window ..`` to its end; zeros where there is none (yet).
 
         Without a cache: the text's own rows.
         """
         if cache is None:
             return kv
-        launch = ctx.launch
-        rows = kv.new_zeros(self.window + launch.n_rows, self.width)
-        offset = self.window - launch.tile_start
-        first = max(0, launch.start - self.window)
-        if first < launch.start:
-            rows[first + offset : launch.start + offset] = cache.window(first, launch.start)
-        rows[launch.start + offset : launch.end + offset] = cache.publish(kv[launch.row_slice], launch.start)
-        return rows
+        first, end = ctxs[0].launch, ctxs[-1].launch.end
+        rows = kv[0].new_empty(self.window + sum(ctx.launch.n_rows for ctx in ctxs), self.width)
+        offset = self.window - first.tile_start
+        rows[: first.start + offset] = 0
+        rows[end + offset :] = 0
+        seen = max(0, first.start - self.window)
+        if seen < first.start:
+            rows[seen + offset : first.start + offset] = cache.window(seen, first.start)
+        packed = each(partial(self._store, rows, offset, cache), kv, ctxs)
+        slots = cache.ring.shape[0]
+        for ctx, tile in zip(ctxs, packed, strict=True):
+            start, last = ctx.launch.start, ctx.launch.end
+            if last > end - slots:  # earlier ones would be overwritten by the last
+                cache.write(tile, rows[start + offset : last + offset], start)
+        starts = [ctx.launch.tile_start - first.tile_start for ctx in ctxs]
+        return [rows[start : start + self.window + ctx.launch.n_rows] for start, ctx in zip(starts, ctxs, strict=True)]
 
-    def _pool_rows(self, entries: Tensor, ctx: Context, cache: LayerCache | None) -> Tensor:
-        """Compressed rows up to the end of the tile, its own added to the pool; zeros where there is none."""
-        if cache is None:
-            return entries
-        assert cache.pool is not None
-        launch, row_format = ctx.launch, cache.formats.row
-        first, last = launch.start // self.ratio, launch.end // self.ratio
-        tile_first = launch.tile_start // self.ratio
-        cache.pool[first:last] = row_format.pack(entries[first - tile_first : last - tile_first])
-        rows = entries.new_zeros(tile_first + launch.n_rows // self.ratio, self.width)
-        rows[:last] = row_format.unpack(cache.pool[:last])
-        return rows
+    @staticmethod
+    def _store(rows: Tensor, offset: int, cache: LayerCache, kv: Tensor, ctx: Context) -> Tensor:
+        packed, stored = cache.packed(kv[ctx.launch.row_slice])
+        rows[ctx.launch.start + offset : ctx.launch.end + offset] = stored
+        return packed

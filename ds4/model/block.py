@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ds4.config import ModelConfig
 from ds4.kernels.mhc import hc_expand, mhc_boundary
 from ds4.kernels.mhc.op import OPERATIONS as BOUNDARIES
+from ds4.kernels.threads import each
 from ds4.kv.cache import LayerCache
 from ds4.model.attention import Attention
 from ds4.model.context import Context
@@ -87,25 +89,41 @@ class Site:
 class Block:
     """Attention and experts of one layer; ``ratio`` 0 for sliding layers and draft blocks."""
 
+    attention: type[Attention] = Attention
+
     def __init__(self, config: ModelConfig, params: Params, prefix: str, ratio: int, *, hash_routed: bool) -> None:
         self.attn_site = Site(config, params, prefix, "attn")
         self.ffn_site = Site(config, params, prefix, "ffn")
-        self.attn = Attention(config, params, f"{prefix}.attn", ratio)
+        self.attn = self.attention(config, params, f"{prefix}.attn", ratio)
         self.moe = MoE(config, params, f"{prefix}.ffn", hash_routed=hash_routed)
 
     def __call__(self, r: Residual, ctx: Context, cache: LayerCache | None) -> Residual:
+        """One launch, in either form."""
+        if not ctx.launch.decode:
+            return self.prefill([r], [ctx], cache)[0]
+        assert cache is not None
         streams, x, post, comb = self.attn_site(r, ctx)
-        if ctx.launch.decode:
-            assert cache is not None
-            y = self.attn.decode(x, ctx, cache)
-        else:
-            y = self.attn.prefill(x, ctx, cache)
+        y = self.attn.decode(x, ctx, cache)
         streams, x, post, comb = self.ffn_site(Residual(streams, y, post, comb), ctx)
         return Residual(streams, self.moe(x, ctx), post, comb)
 
-    def step(self, r: Residual, s: StepBuilder, cache: LayerCache) -> Residual:
-        """Launches of the decode step."""
+    def prefill(self, rs: Sequence[Residual], ctxs: Sequence[Context], cache: LayerCache | None) -> list[Residual]:
+        """Successive tiles of a prompt."""
+        streams, xs, post, comb = zip(*each(self.attn_site, rs, ctxs), strict=True)
+        rs = list(map(Residual, streams, self.attn.prefill(xs, ctxs, cache), post, comb))
+        streams, xs, post, comb = zip(*each(self.ffn_site, rs, ctxs), strict=True)
+        return list(map(Residual, streams, self.moe.prefill(xs, ctxs), post, comb))
+
+    def step(
+        self, r: Residual, s: StepBuilder, cache: LayerCache, seen: Callable[[Tensor], None] | None = None
+    ) -> Residual:
+        """Launches of the decode step; ``seen`` adds some that read the block's input streams f32 ``[n_tok, m, d]``."""
         streams, x, post, comb = self.attn_site.step(r, s)
-        y = self.attn.step(x, s, cache)
-        streams, x, post, comb = self.ffn_site.step(Residual(streams, y, post, comb), s)
+        if seen is not None:
+            seen(streams)
+        return self.ffn_step(Residual(streams, self.attn.step(x, s, cache), post, comb), s)
+
+    def ffn_step(self, r: Residual, s: StepBuilder) -> Residual:
+        """Launches of the second half, behind attention."""
+        streams, x, post, comb = self.ffn_site.step(r, s)
         return Residual(streams, self.moe.step(x, s), post, comb)

@@ -16,6 +16,7 @@ import torch
 from ds4.errors import Ds4Error
 from ds4.kernels.packing import Packing, PlaneMatrix, Planes, pack_rows, packing_of
 from ds4.weights.checkpoint import Checkpoint
+from ds4.weights.dense_cache import Weight
 from ds4.weights.tensor import PackedTensor
 
 Progress = Callable[[int, int], None]
@@ -42,10 +43,10 @@ class DeviceParams:
         self._done = 0
         self._arenas: dict[str, tuple[Packing, Planes]] = {}
 
-    def expect(self, name: str, shape: tuple[int, ...]) -> PlaneMatrix | PackedTensor:
+    def expect(self, name: str, shape: tuple[int, ...]) -> Weight:
         """The weight on the device; packed matrices are new at every call, so each is asked for once."""
         tensor = self.stored(name, shape)
-        found: PlaneMatrix | PackedTensor
+        found: Weight
         expert = _EXPERT.fullmatch(name)
         if expert is not None:
             found = self._expert(tensor, expert["layer"], int(expert["index"]), expert["matrix"])

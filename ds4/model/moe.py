@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,11 +11,12 @@ from torch import Tensor
 from ds4.config import ModelConfig
 from ds4.errors import Ds4Error
 from ds4.kernels.cases import Inputs
-from ds4.kernels.moe import Expert, moe
+from ds4.kernels.moe import Expert, moe, moe_tiles
 from ds4.kernels.moe.op import MOE_DOWN, MOE_UP
 from ds4.kernels.packing import PlaneMatrix
 from ds4.kernels.route.op import ROUTE
 from ds4.kernels.route.ref import route
+from ds4.kernels.threads import each
 from ds4.model.context import Context
 from ds4.model.params import Params, small, table
 from ds4.model.steps import StepBuilder
@@ -52,8 +54,19 @@ class MoE:
         self.shared = expert("shared_experts")
 
     def __call__(self, x: Tensor, ctx: Context) -> Tensor:
-        """f32 ``[n_rows, d]`` -> f32 ``[n_rows, d]``."""
-        ids, weights = route(
+        """f32 ``[n_rows, d]`` -> f32 ``[n_rows, d]``, in the decode form (elsewhere for all rows)."""
+        ids, weights = self._route(x, ctx)
+        numerics, rows = ctx.numerics, ctx.rows
+        return moe(x, ids, weights, self.experts, self.shared, limit=self.limit, numerics=numerics, rows=rows)
+
+    def prefill(self, xs: Sequence[Tensor], ctxs: Sequence[Context]) -> list[Tensor]:
+        """Successive tiles f32 ``[n_rows, d]`` -> f32 ``[n_rows, d]`` each; an expert takes the tokens of all."""
+        ids, weights = zip(*each(self._route, xs, ctxs), strict=True)
+        live, n = [ctx.launch.row_slice for ctx in ctxs], ctxs[0].numerics
+        return moe_tiles(xs, ids, weights, live, self.experts, self.shared, limit=self.limit, numerics=n)
+
+    def _route(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        return route(
             x,
             self.gate,
             bias=self.bias,
@@ -62,31 +75,25 @@ class MoE:
             route_scale=self.route_scale,
             rows=ctx.rows,
         )
-        live = slice(None) if ctx.launch.decode else ctx.launch.row_slice
-        return moe(
-            x,
-            ids,
-            weights,
-            self.experts,
-            self.shared,
-            limit=self.limit,
-            numerics=ctx.numerics,
-            rows=ctx.rows,
-            live=live,
-        )
 
     def step(self, x: Tensor, s: StepBuilder) -> Tensor:
         """Launches of the decode step: f32 ``[n_tok, d]`` -> f32 ``[n_tok, d]``."""
-        hashed = None if self.tid2eid is None else self.tid2eid.to(torch.int32)
-        where = {"bias": self.bias, "tid2eid": hashed, "tokens": None if hashed is None else s.tokens}
-        picked = s.add(
-            ROUTE, {"x": x, "gate": self.gate, **where, "top_k": self.top_k, "route_scale": self.route_scale}
-        )
-        up = self._arena("w1", [e.w1 for e in self.experts]) | self._arena("w3", [e.w3 for e in self.experts])
-        up |= self._alone("sw1", self.shared.w1) | self._alone("sw3", self.shared.w3)
-        mid = s.add(MOE_UP, {"x": x, **picked, **up, "limit": self.limit})["mid"]
-        down = self._arena("w2", [e.w2 for e in self.experts]) | self._alone("sw2", self.shared.w2)
+        where, up, down = self._inputs
+        tokens = None if where["tid2eid"] is None else s.tokens
+        picked = s.add(ROUTE, {"x": x, **where, "tokens": tokens})
+        mid = s.add(MOE_UP, {"x": x, **picked, **up})["mid"]
         return s.add(MOE_DOWN, {"mid": mid, "ids": picked["ids"], **down})["y"]
+
+    @cached_property
+    def _inputs(self) -> tuple[Inputs, Inputs, Inputs]:
+        """What router, up and down projection read besides activations; made once, as steps of all lengths share it."""
+        hashed = None if self.tid2eid is None else self.tid2eid.to(torch.int32)
+        where: Inputs = {"gate": self.gate, "bias": self.bias, "tid2eid": hashed}
+        where |= {"top_k": self.top_k, "route_scale": self.route_scale}
+        up = self._arena("w1", [e.w1 for e in self.experts]) | self._arena("w3", [e.w3 for e in self.experts])
+        up |= self._alone("sw1", self.shared.w1) | self._alone("sw3", self.shared.w3) | {"limit": self.limit}
+        down = self._arena("w2", [e.w2 for e in self.experts]) | self._alone("sw2", self.shared.w2)
+        return where, up, down
 
     @staticmethod
     def _arena(name: str, matrices: Sequence[Weight]) -> Inputs:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,13 +19,18 @@ from ds4.kernels.head.op import FORMATS as HEAD_FORMATS
 from ds4.kernels.head.op import HC_HEAD, LM_HEAD
 from ds4.kernels.launch import PREFILL_ROWS, Launch
 from ds4.kernels.numerics import Numerics
+from ds4.kernels.threads import each, shared_pieces
 from ds4.kv.cache import KVCache
 from ds4.kv.spec import RowFormats
 from ds4.model.block import Block, Residual
 from ds4.model.context import Context, Rope, make_context
 from ds4.model.params import Params, small, table
-from ds4.model.steps import StepBuilder, planes_of
+from ds4.model.steps import StepBuilder, Tap, planes_of
 from ds4.weights.dense_cache import Weight
+
+PASS_TILES = 16
+"""Tiles of a prompt that go through a layer together: weights are decoded once for all of them, and an expert's tokens
+come together. It bounds the memory that a prompt takes besides the cache, and changes no result."""
 
 
 class Observer(Protocol):
@@ -84,18 +90,31 @@ class Transformer:
             row_ids[row] = token
         return make_context(self.config, self.rope, self.numerics, launch, torch.tensor(row_ids))
 
-    def _streams(self, ctx: Context, cache: KVCache | None, observer: Observer | None = None) -> Tensor:
-        """Final streams f32 ``[n_rows, m, d]`` of a launch."""
-        e = embedding_rows(self.embed, ctx.ids)
-        r = Residual(e.unsqueeze(1).repeat(1, self.config.hc_mult, 1))
+    def _streams(
+        self,
+        ctxs: Sequence[Context],
+        cache: KVCache | None,
+        observer: Observer | None = None,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> list[Tensor]:
+        """Final streams f32 ``[n_rows, m, d]`` of one decode launch or of successive prompt tiles; ``on_layer(n)`` is
+        called when ``n`` layers are done."""
+        rs = each(self._begin, ctxs)
         seen, last = {}, len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            r = block(r, ctx, cache.layers[i] if cache is not None else None)
+            layer = cache.layers[i] if cache is not None else None
+            rs = [block(rs[0], ctxs[0], layer)] if ctxs[0].launch.decode else block.prefill(rs, ctxs, layer)
             if i == last or (observer is not None and i in observer.layers):
-                seen[i] = r.resolve(ctx)
+                seen[i] = each(Residual.resolve, rs, ctxs)
+            if on_layer is not None:
+                on_layer(i + 1)
         if observer is not None:
-            observer.observe(ctx.launch, ctx.ids, [seen[i] for i in observer.layers])
+            for tile, ctx in enumerate(ctxs):
+                observer.observe(ctx.launch, ctx.ids, [seen[i][tile] for i in observer.layers])
         return seen[last]
+
+    def _begin(self, ctx: Context) -> Residual:
+        return Residual(embedding_rows(self.embed, ctx.ids).unsqueeze(1).repeat(1, self.config.hc_mult, 1))
 
     def logits(self, streams: Tensor, rows: tuple[int, ...] | None) -> Tensor:
         """f32 ``[n_rows, m, d]`` -> f32 ``[n_rows, vocab]``; with ``rows`` only those rows are computed."""
@@ -115,31 +134,41 @@ class Transformer:
     def decode(self, ids: Sequence[int], start: int, cache: KVCache, observer: Observer | None = None) -> Tensor:
         """Decode form: 1..8 tokens at positions ``start ..`` -> logits f32 ``[n_tok, vocab]``."""
         launch = Launch.decode_step(start, len(ids))
-        streams = self._streams(self._context(launch, ids), cache, observer)
+        (streams,) = self._streams([self._context(launch, ids)], cache, observer)
         return launch.take(self.logits(streams, launch.rows)).clone()
 
-    def step(self, s: StepBuilder, cache: KVCache) -> Outputs:
+    def step(self, s: StepBuilder, cache: KVCache, tap: Tap | None = None) -> Outputs:
         """Launches of a whole decode step; the results of ``lm_head``."""
-        embed, head_planes = (
-            planes_of(w, formats, where)
-            for w, formats, where in (
-                (self.embed, EMBED_FORMATS, "embed"),
-                (self.head_weight, HEAD_FORMATS, "lm_head"),
-            )
-        )
-        begin = {"tokens": s.tokens, "pos": s.pos, "format": embed.packing.format, **embed.tensors}
-        begin |= {"plain": self.rope.plain, "compressed": self.rope.compressed}
-        begun = s.add(EMBED, begin)
-        s.cis = begun["cis"]
-        r = Residual(begun["streams"])
-        for s.layer, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
-            r = block.step(r, s, layer)
+        tapped, last = () if tap is None else tap.layers, len(self.blocks) - 1
+        r = Residual(self.embed_step(s))
+        for i, (block, layer) in enumerate(zip(self.blocks, cache.layers, strict=True)):
+            s.layer = i
+            seen = partial(tap.tap, s, i - 1) if tap is not None and i - 1 in tapped else None
+            r = block.step(r, s, layer, seen)
         s.layer = None
-        end: Inputs = {"y": r.y, "streams": r.streams, "prev_post": r.post, "prev_comb": r.comb, "fn": self.hc_fn}
-        end |= {"scale": self.hc_scale, "base": self.hc_base, "norm": self.norm}
-        end |= {"hc_eps": self.config.hc_eps, "norm_eps": self.config.rms_norm_eps}
-        x = s.add(HC_HEAD, end)["x"]
-        return s.add(LM_HEAD, {"x": x, "format": head_planes.packing.format, **head_planes.tensors})
+        made = self.head_step(r, s, (self.hc_fn, self.hc_scale, self.hc_base), self.norm)
+        if tap is not None and last in tapped:
+            tap.tap(s, last, r.streams)
+        return made
+
+    def embed_step(self, s: StepBuilder) -> Tensor:
+        """Launches that begin a step: the tokens' streams f32 ``[n_tok, m, d]``, and the rotary tables ``s.cis``."""
+        embed = planes_of(self.embed, EMBED_FORMATS, "embed")
+        begin = {"tokens": s.tokens, "pos": s.pos, "format": embed.packing.format, **embed.tensors}
+        begun = s.add(EMBED, begin | {"plain": self.rope.plain, "compressed": self.rope.compressed})
+        s.cis = begun["cis"]
+        return begun["streams"]
+
+    def head_step(self, r: Residual, s: StepBuilder, hc: tuple[Tensor, Tensor, Tensor], norm: Tensor) -> Outputs:
+        """Launches that end a step: the results of ``lm_head``, and final streams in ``r.streams``.
+
+        ``hc``: fn, scale and base of the collapse, which with ``norm`` are the trunk's or a draft block's.
+        """
+        planes = planes_of(self.head_weight, HEAD_FORMATS, "lm_head")
+        end: Inputs = {"y": r.y, "streams": r.streams, "prev_post": r.post, "prev_comb": r.comb, "norm": norm}
+        end |= dict(zip(("fn", "scale", "base"), hc, strict=True))
+        x = s.add(HC_HEAD, end | {"hc_eps": self.config.hc_eps, "norm_eps": self.config.rms_norm_eps})["x"]
+        return s.add(LM_HEAD, {"x": x, "format": planes.packing.format, **planes.tensors})
 
     def prefill(
         self,
@@ -148,40 +177,40 @@ class Transformer:
         cache: KVCache,
         *,
         all_logits: bool = False,
-        on_tile: Callable[[int], None] | None = None,
+        taken: list[int] | None = None,
+        progress: Callable[[int], None] | None = None,
         observer: Observer | None = None,
     ) -> Tensor:
-        """Prefill form, tile by tile: logits f32 ``[vocab]`` of the last token, or ``[n_tok, vocab]`` of all.
+        """Prefill form: logits f32 ``[vocab]`` of the last token, or ``[n_tok, vocab]`` of all.
 
-        ``on_tile(n_done)`` is called after every tile. The last token's logits do not depend on the chunking.
+        Tokens go through the layers in passes of up to ``PASS_TILES`` tiles; results do not depend on the chunking.
+        A pass's tokens are appended to ``taken`` when they are there to stay: broken off by an error or Ctrl-C, it
+        leaves ``cache`` as behind the last of them. ``progress(n)`` is called after every layer of a pass, n being the
+        share of the work that is done, counted in tokens.
         """
-        with self.on_device():
-            return self._prefill(ids, start, cache, all_logits, on_tile, observer)
+        with self.on_device(), shared_pieces() if self.device.type == "cpu" else nullcontext():
+            kept, done, outs = [] if taken is None else taken, 0, []
+            while done < len(ids):
+                part = list(ids[done : done + PASS_TILES * PREFILL_ROWS - (start + done) % PREFILL_ROWS])
+                after = done + len(part)
+                with cache.undone_if(partial(_is_length, kept, len(kept))):
+                    ctxs = [self._context(*tile) for tile in _tiles(part, start + done)]
+                    on_layer = None if progress is None else partial(self._share, progress, done, len(part))
+                    streams = self._streams(ctxs, cache, observer, on_layer)
+                    if all_logits:
+                        outs += each(self._tile_logits, streams, ctxs)
+                    elif after == len(ids):
+                        last = ctxs[-1].launch.rows[-1]
+                        outs.append(self.logits(streams[-1][last : last + 1], (0,))[0])
+                    kept += part  # a single step: Ctrl-C comes before or after it
+                done = after
+            return torch.cat(outs)
 
-    def _prefill(
-        self,
-        ids: Sequence[int],
-        start: int,
-        cache: KVCache,
-        all_logits: bool,
-        on_tile: Callable[[int], None] | None,
-        observer: Observer | None,
-    ) -> Tensor:
-        done, outs = 0, []
-        while done < len(ids):
-            p = start + done
-            n = min(len(ids) - done, PREFILL_ROWS - p % PREFILL_ROWS)
-            launch = Launch.prefill_tile(p, n)
-            streams = self._streams(self._context(launch, ids[done : done + n]), cache, observer)
-            done += n
-            if all_logits:
-                outs.append(self.logits(streams, None)[launch.row_slice])
-            elif done == len(ids):
-                last = launch.rows[-1]
-                return self.logits(streams[last : last + 1], (0,))[0]
-            if on_tile is not None:
-                on_tile(done)
-        return torch.cat(outs)
+    def _share(self, progress: Callable[[int], None], done: int, n: int, layers: int) -> None:
+        progress(done + n * layers // len(self.blocks))
+
+    def _tile_logits(self, streams: Tensor, ctx: Context) -> Tensor:
+        return self.logits(streams, None)[ctx.launch.row_slice]
 
     def forward_text(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Differentiable forward of one whole text without a cache: i64 ``[n]`` -> (logits ``[n, vocab]``, streams).
@@ -190,8 +219,21 @@ class Transformer:
         """
         launch = Launch.prefill_tile(0, ids.shape[0], n_rows=ids.shape[0])
         ctx = make_context(self.config, self.rope, self.numerics, launch, ids)
-        streams = self._streams(ctx, None)
+        (streams,) = self._streams([ctx], None)
         return self.logits(streams, None), streams
+
+
+def _is_length(items: Sequence[int], n: int) -> bool:
+    return len(items) == n
+
+
+def _tiles(ids: Sequence[int], start: int) -> Iterator[tuple[Launch, Sequence[int]]]:
+    """The aligned tiles of tokens at positions ``start ..``."""
+    done = 0
+    while done < len(ids):
+        n = min(len(ids) - done, PREFILL_ROWS - (start + done) % PREFILL_ROWS)
+        yield Launch.prefill_tile(start + done, n), ids[done : done + n]
+        done += n
 
 
 def embedding_rows(w: Weight, ids: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ds4.kernels.entry import KernelCall
 from ds4.kernels.launch import Launch
 from ds4.kv.cache import LayerCache
+from ds4.model.steps import Tap
 from ds4.sampling import Sampler, draw, filtered_probs, uniform
 
 DRAFT_STREAM = 2
@@ -68,6 +70,33 @@ class Drafter(Protocol):
 
     def rewind(self, position: int) -> None:
         """Only the first ``position`` tokens count; at most ``MAX_DRAFT`` (ds4/kv/spec.py) are undone, or all."""
+
+
+@runtime_checkable
+class KernelDrafter(Drafter, Tap, Protocol):
+    """A draft head that works by kernels, beside a session's decode steps, which have the launches of ``tap``."""
+
+    def begin(self, token: int) -> None:
+        """A decode step is going to process up to 8 tokens from ``position`` on, the first of them ``token``."""
+
+    def end(self, n: int) -> None:
+        """It has processed ``n`` tokens."""
+
+    def n_unwritten(self) -> int:
+        """How many rows of the head are missing up to ``position``, 1 to 8; earlier ones are written first."""
+
+    def draft_calls(self, k: int, n_pairs: int | None = None) -> list[KernelCall]:
+        """Launches that draft ``k`` tokens greedily behind the step's first token, at the step's position: they join
+        the step's tokens. To be run before anything else of this drafter.
+
+        n_pairs  rows written first, those of the last positions; None: those that are missing now
+        """
+
+    def rows_calls(self, n_pairs: int) -> list[KernelCall]:
+        """The launches of ``draft_calls`` that write rows, alone."""
+
+    def drafted(self, token: int) -> None:
+        """The launches of ``draft_calls`` or ``rows_calls`` have run behind ``token``."""
 
 
 class Chooser:

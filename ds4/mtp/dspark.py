@@ -22,9 +22,8 @@ from ds4.kernels.proj import matmul_rows, proj
 from ds4.kv.cache import LayerCache
 from ds4.kv.spec import MAX_DRAFT
 from ds4.model.attention import Attention
-from ds4.model.block import Block, Residual, Site
+from ds4.model.block import Block, Residual
 from ds4.model.context import Context, make_context
-from ds4.model.moe import MoE
 from ds4.model.params import Params, small
 from ds4.model.transformer import Transformer, embedding_rows
 from ds4.mtp.drafter import Chooser, Draft, check_history
@@ -46,13 +45,9 @@ class BlockAttention(Attention):
 
 
 class Stage(Block):
-    """One stage: a sliding block with :class:`BlockAttention` and bias-routed experts."""
+    """One stage: a sliding block with :class:`BlockAttention`."""
 
-    def __init__(self, config: ModelConfig, params: Params, prefix: str) -> None:
-        self.attn_site = Site(config, params, prefix, "attn")
-        self.ffn_site = Site(config, params, prefix, "ffn")
-        self.attn = BlockAttention(config, params, f"{prefix}.attn", 0)
-        self.moe = MoE(config, params, f"{prefix}.ffn", hash_routed=False)
+    attention = BlockAttention
 
 
 class DSpark:
@@ -76,7 +71,7 @@ class DSpark:
         self._order = [self.layers.index(i) for i in config.dspark_target_layer_ids]
         self.main_proj = params.expect("mtp.0.main_proj.weight", (d, len(self._order) * d))
         self.main_norm = small(params, "mtp.0.main_norm.weight", (d,))
-        self.stages = [Stage(config, params, f"mtp.{i}") for i in range(config.n_mtp_layers)]
+        self.stages = [Stage(config, params, f"mtp.{i}", 0, hash_routed=False) for i in range(config.n_mtp_layers)]
         self.norm = small(params, f"{last}.norm.weight", (d,))
         self.hc_fn = small(params, f"{last}.hc_head_fn", (m, m * d))
         self.hc_scale = small(params, f"{last}.hc_head_scale", (1,))

@@ -15,16 +15,21 @@ from torch import Tensor
 
 from ds4.config import ModelConfig
 from ds4.kernels.attn import attn_decode, query
+from ds4.kernels.cases import Outputs
 from ds4.kernels.common import rms_norm
+from ds4.kernels.draft.op import DRAFT_JOIN
+from ds4.kernels.draft.words import LAST
 from ds4.kernels.head import hc_head, head
-from ds4.kernels.launch import Launch
+from ds4.kernels.launch import DECODE_ROWS, Launch
 from ds4.kernels.proj import Rows, proj, proj_in
+from ds4.kernels.proj.op import FORMATS, PROJ_OB, segment_inputs
 from ds4.kv.cache import LayerCache
 from ds4.kv.spec import MAX_DRAFT
 from ds4.model.attention import Attention
 from ds4.model.block import Block, Residual
 from ds4.model.context import Context, make_context
 from ds4.model.params import Params, small
+from ds4.model.steps import StepBuilder, planes_of
 from ds4.model.transformer import Transformer, embedding_rows
 from ds4.mtp.drafter import Chooser, Draft, check_history
 from ds4.mtp.rows import publish_rows, stage_cache
@@ -47,6 +52,13 @@ class PairAttention(Attention):
         return self._output(attn_decode(q, [rows], self.sink, last.launch.rows, last.numerics), last)
 
 
+class PairBlock(Block):
+    """A block with :class:`PairAttention`."""
+
+    attention = PairAttention
+    attn: PairAttention
+
+
 class MTPBlock:
     """One ratio-0 block on top of the trunk's final streams; embedding and head are the trunk's."""
 
@@ -62,8 +74,7 @@ class MTPBlock:
         self.hc_fn = small(params, f"{prefix}.hc_head_fn", (m, m * d))
         self.hc_scale = small(params, f"{prefix}.hc_head_scale", (1,))
         self.hc_base = small(params, f"{prefix}.hc_head_base", (m,))
-        self.block = Block(config, params, prefix, 0, hash_routed=False)
-        self.block.attn = self.attn = PairAttention(config, params, f"{prefix}.attn", 0)
+        self.block = PairBlock(config, params, prefix, 0, hash_routed=False)
 
     def _joined(self, h: Tensor, ctx: Context) -> Residual:
         """The pairs' streams f32 ``[n, m, d]`` in front of the block."""
@@ -101,7 +112,7 @@ class MTPBlock:
         both calls give, for little more than the time of one.
         """
         streams, x, post, comb = self.block.attn_site(self._joined(h, ctx), ctx)
-        y = self.attn.decode_last(x, ctx, last, cache)
+        y = self.block.attn.decode_last(x, ctx, last, cache)
         streams, x, post, comb = self.block.ffn_site(Residual(streams, y, post, comb), last)
         return Residual(streams, self.block.moe(x, last), post, comb).resolve(last)
 
@@ -125,6 +136,38 @@ class MTPBlock:
         launch = Launch.prefill_tile(0, h.shape[0], n_rows=h.shape[0])
         return self.logits(self.streams(h, self.context(launch, next_ids), None))
 
+    def rows_step(self, s: StepBuilder, h: Tensor, z: Tensor, cache: LayerCache) -> tuple[Residual, Tensor]:
+        """Launches that store the rows of pairs of streams ``h`` f32 ``[n, m, d]`` and ``s.tokens``, as ``fill`` does.
+
+        z        f32 [n, m, d]  takes the streams of the block
+        returns  what lies behind the first boundary, ``y`` still open; the normed query latent f32 [n, q_lora]
+        """
+        n, m, _ = h.shape
+        embedded = self.trunk.embed_step(s)
+        pair = {"embedded": embedded, "h": h, "enorm": self.enorm, "hnorm": self.hnorm}
+        normed = s.add(DRAFT_JOIN, pair | {"eps": self.config.rms_norm_eps})
+        e_proj, h_proj = (segment_inputs([planes_of(w, FORMATS, "proj_ob")]) for w in (self.e_proj, self.h_proj))
+        e = s.add(PROJ_OB, {"x": normed["e"]} | e_proj)["y0"]
+        rows, into = normed["hn"].flatten(0, 1), z.flatten(0, 1)
+        for i in range(0, n * m, DECODE_ROWS):  # a launch takes so many rows
+            part = slice(i, i + DECODE_ROWS)
+            s.add(PROJ_OB, {"x": rows[part]} | h_proj, into={"y0": into[part]})
+        # With these the block's first boundary adds e to every stream, and rounds once.
+        post, comb = e.new_ones(n, m), torch.eye(m, device=e.device).repeat(n, 1, 1)
+        streams, x, post, comb = self.block.attn_site.step(Residual(z, e, post, comb), s)
+        qr, _ = self.block.attn.rows_step(x, s, cache)
+        return Residual(streams, None, post, comb), qr
+
+    def step(self, s: StepBuilder, h: Tensor, z: Tensor, cache: LayerCache) -> Outputs:
+        """Launches of ``last_streams``, whose result is ``z[-1]``, and of ``logits``: what ``lm_head`` makes of it."""
+        r, qr = self.rows_step(s, h, z, cache)
+        assert r.post is not None
+        assert r.comb is not None
+        last = s.last_row(s.state.word(LAST))
+        y = self.block.attn.query_step(qr[-1:], None, last, cache)
+        r = self.block.ffn_step(Residual(r.streams[-1:], y, r.post[-1:], r.comb[-1:]), last)
+        return self.trunk.head_step(r, last, (self.hc_fn, self.hc_scale, self.hc_base), self.norm)
+
 
 class MTPDrafter:
     """Chained drafts of one session (a :class:`ds4.mtp.drafter.Drafter`): the block run once for each token."""
@@ -135,8 +178,8 @@ class MTPDrafter:
         c = block.config
         self.block = block
         self.layers: tuple[int, ...] = (c.num_hidden_layers - 1,)
-        self.caches = [stage_cache(c, block.trunk.formats())]
-        self.tail = Tail((c.hc_mult, c.hidden_size), 1, self._write)
+        self.caches = [stage_cache(c, block.trunk.formats(), block.trunk.device)]
+        self.tail = Tail((c.hc_mult, c.hidden_size), 1, self._write, block.trunk.device)
 
     @property
     def position(self) -> int:

@@ -20,11 +20,13 @@ def publish_rows(attn: Attention, kv: Tensor, ctx: Context, cache: LayerCache) -
     cache.publish(ctx.launch.take(kv), ctx.launch.start)
 
 
-def stage_cache(config: ModelConfig, formats: RowFormats, device: torch.device | str = "cpu") -> LayerCache:
-    """Empty ring of one draft stage.
+def stage_cache(
+    config: ModelConfig, formats: RowFormats, device: torch.device | str = "cpu", *, decoded: bool = True
+) -> LayerCache:
+    """Empty ring of one draft stage; ``decoded`` unless kernels will write to it.
 
     A chained draft writes rows in front of the text, and rejected tokens may be undone behind it: twice the trunk's
     reserve keeps the rows that either needs.
     """
     spec = layer_spec(config, 0, max_draft=2 * MAX_DRAFT)
-    return LayerCache(spec, formats, 0, device=device, decoded=torch.device(device).type == "cpu")
+    return LayerCache(spec, formats, 0, device=device, decoded=decoded)

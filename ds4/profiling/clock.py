@@ -84,19 +84,3 @@ class TimedBackend:
         """When each group of the last run began and ended, in seconds after the first one began."""
         origin = self._marks[0][0]
         return [(self._clock.seconds(origin, first), self._clock.seconds(origin, last)) for first, last in self._marks]
-
-
-class GraphBackend:
-    """Replays launches, which ran before, as one CUDA graph."""
-
-    def __init__(self, backend: Backend, calls: Sequence[KernelCall]) -> None:
-        self._calls = calls  # the graph writes to their tensors
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            backend.run(calls)
-
-    def run(self, calls: Sequence[KernelCall]) -> None:
-        """Replay. Raises ValueError where ``calls`` are not those of the graph."""
-        if calls is not self._calls:
-            raise ValueError("the launches to run are not those of the graph")
-        self._graph.replay()

@@ -32,6 +32,8 @@ RECORDS = {"moe": moe_record, "step": profile_record}
 class ProfiledDecoder(Decoder):
     """A Decoder that times the operations of every step; the first WARM_UP steps of each n_tok do not count."""
 
+    timed = True
+
     def __init__(self, model: Transformer, cache: KVCache, backend: Backend, clock: Clock, kind: str) -> None:
         super().__init__(model, cache, backend)
         self.kind = kind

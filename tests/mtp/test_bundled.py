@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,12 +23,6 @@ from ds4.sampling import Sampler, SamplingParams, draw, uniform
 from ds4.weights import Checkpoint, open_checkpoint
 
 N_PROMPT, N_TEXT = 125, 40
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

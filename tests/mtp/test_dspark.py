@@ -9,7 +9,6 @@ with the trunk's own. With rounding simulated, from the stored taps: logits with
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -98,12 +97,6 @@ class World:
 
     def drafter(self, variant: str = "f32") -> DSparkDrafter:
         return DSparkDrafter(self.head(variant))
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

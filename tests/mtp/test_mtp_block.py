@@ -6,7 +6,6 @@ Pass line: each row of logits within 5e-5 (norm of the difference over norm of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,12 +57,6 @@ class Run:
         """Block logits of the pairs."""
         h = self.h if h is None else h
         return self.block.forward_text(h, self.next_ids if next_ids is None else next_ids)
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ the end are off by 0.03 to 1.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -88,12 +87,6 @@ class World:
 
     def drafter(self, variant: str = "f32") -> MTPDrafter:
         return MTPDrafter(self.block(variant))
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Iterator[None]:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 30, 1 << 30))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(bench_moe, "capture", Graph)
+    monkeypatch.setattr(bench_moe, "CudaGraph", Graph)
     monkeypatch.setattr(bench_moe, "flush_buffer", lambda l2, device: torch.ones(1))
     backend = CpuBackend()
     object.__setattr__(backend, "facts", SimpleNamespace(l2=1 << 10))

@@ -102,7 +102,7 @@ def test_table_counts_by_kind(capsys):
     printed = capsys.readouterr().out
     assert "FAILED n_tok: b: row 1 differs" in printed
     assert "skipped graphs: a: why" in printed
-    assert "no GPU (no driver): not done: kernels, bench, moe, sanitizer, model" in printed
+    assert "no GPU (no driver): not done: kernels, bench, moe, sanitizer, model, replay" in printed
 
 
 def test_results_as_json(tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 23, 1 << 23))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for module in (gpu_checks, bench_kernels):
-        monkeypatch.setattr(module, "capture", Graph)
+        monkeypatch.setattr(module, "CudaGraph", Graph)
 
 
 @needs_emulation
@@ -187,7 +187,7 @@ def test_graph_check(no_cuda, monkeypatch):
         x = next(t for t in calls[0].args.tensors if t.shape == first.shape)
         return Graph(backend, calls, lambda: x.copy_(first))
 
-    monkeypatch.setattr(gpu_checks, "capture", baked)
+    monkeypatch.setattr(gpu_checks, "CudaGraph", baked)
     found = gpu_checks.check_graph(operation, case, CpuBackend(), CPU)
     assert found
     assert all("replay with other inputs" in line for line in found)
@@ -263,7 +263,7 @@ def test_command_with_one_real_stage(tmp_path):
     command = [str(ROOT / "scripts" / "gpu_check.sh"), "--quick", "--stage", "compile"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "not done: kernels, bench, moe, sanitizer, model" in done.stdout
+    assert "not done: kernels, bench, moe, sanitizer, model, replay" in done.stdout
     (path,) = tmp_path.glob("no-gpu-*.json")
     stages = {stage["stage"]: stage for stage in json.loads(path.read_text())["stages"]}
     assert stages["compile"]["ok"] >= 1

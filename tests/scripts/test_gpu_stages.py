@@ -80,7 +80,7 @@ def test_kernel_stage_with_the_emulation_as_the_gpu(monkeypatch):
     monkeypatch.setattr(gpu_stages, "all_operations", lambda: [route])
     monkeypatch.setattr(gpu_stages, "backend", lambda synchronous: CpuBackend())
     monkeypatch.setattr(gpu_stages, "GPU", torch.device("cpu"))
-    monkeypatch.setattr(gpu_stages.gpu_checks, "capture", Graph)
+    monkeypatch.setattr(gpu_stages.gpu_checks, "CudaGraph", Graph)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     items = [item for item in gpu_stages.kernel_items(Options(gpu=True, quick=True)) if "f32 8 tokens" in item.name]
     assert [item.name.split(":")[0] for item in items] == ["references", "n_tok", "graphs"]

@@ -10,21 +10,21 @@ from ds4.kernels.embed import ref
 from ds4.kernels.embed.cases import cases
 from ds4.kernels.entry import ArgPack, Entry, KernelCall, constant_set
 from ds4.kernels.packing import PACKINGS, Planes
+from ds4.kernels.packing.arguments import plane_params, planes_among
 from ds4.kernels.registry import Operation, register, run
 
 _ROPE_PAIRS = 32
 _THREADS = 128  # embed.cu: four columns each
-_WEIGHTS = {
-    "f32": (("values", "f32*"),),
-    "f16": (("values", "f16*"),),
-    "bf16": (("values", "bf16*"),),
-    "q8_0": (("codes", "i8*"), ("d", "f16*")),
-}
-FORMATS = tuple(_WEIGHTS)
+FORMATS = ("f32", "f16", "bf16", "q8_0")
 _REST = (("plain", "f32*"), ("compressed", "f32*"), ("streams", "f32*"), ("cis", "f32*"))
 _ENTRIES = {
-    name: Entry(f"embed_{name}", "embed/embed.cu", (("tokens", "i32*"), ("pos", "i32*"), *weights, *_REST), ("HIDDEN",))
-    for name, weights in _WEIGHTS.items()
+    name: Entry(
+        f"embed_{name}",
+        "embed/embed.cu",
+        (("tokens", "i32*"), ("pos", "i32*"), *plane_params(name), *_REST),
+        ("HIDDEN",),
+    )
+    for name in FORMATS
 }
 
 
@@ -49,19 +49,12 @@ def embed(tokens: Tensor, pos: Tensor, weight: Planes, plain: Tensor, compressed
     return results["streams"], results["cis"]
 
 
-def _weights(inputs: Inputs) -> dict[str, Tensor]:
-    """The planes among the inputs. Raises ValueError for a format without a kernel."""
-    if inputs["format"] not in _WEIGHTS:
-        raise ValueError(f"embed: no kernel for {inputs['format']}; there are: {', '.join(_WEIGHTS)}")
-    return {name: inputs[name] for name, _ in _WEIGHTS[inputs["format"]]}
-
-
 def _hidden(planes: dict[str, Tensor]) -> int:
     return next(iter(planes.values())).shape[1]
 
 
 def _reference(inputs: Inputs) -> Outputs:
-    planes, tokens = _weights(inputs), inputs["tokens"]
+    planes, tokens = planes_among(inputs, FORMATS, "embed"), inputs["tokens"]
     rows = {name: plane[tokens] for name, plane in planes.items()}
     decoded = Planes(PACKINGS[inputs["format"]], len(tokens), _hidden(planes), rows).decode()
     cis = ref.rotary_tables(int(inputs["pos"]), len(tokens), inputs["plain"], inputs["compressed"])
@@ -70,7 +63,7 @@ def _reference(inputs: Inputs) -> Outputs:
 
 def _outputs(inputs: Inputs) -> Outputs:
     tokens = inputs["tokens"]
-    n_tok, d = tokens.shape[0], _hidden(_weights(inputs))
+    n_tok, d = tokens.shape[0], _hidden(planes_among(inputs, FORMATS, "embed"))
     return {
         "streams": torch.empty(n_tok, ref.N_STREAMS, d, device=tokens.device),
         "cis": torch.empty(4, n_tok, _ROPE_PAIRS, 2, device=tokens.device),
@@ -78,7 +71,7 @@ def _outputs(inputs: Inputs) -> Outputs:
 
 
 def _calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
-    planes, n_tok = _weights(inputs), inputs["tokens"].shape[0]
+    planes, n_tok = planes_among(inputs, FORMATS, "embed"), inputs["tokens"].shape[0]
     d = _hidden(planes)
     if not 1 <= n_tok <= 8 or d % 32:
         raise ValueError(f"embed: {n_tok} tokens of width {d}: 1 to 8 of a multiple of 32 are needed")
