@@ -3,12 +3,18 @@
 With acceptance rates a_1, a_2, .. (a_i: draft token i is accepted if those before it were) a step with k drafts yields
 E(k) = 1 + a_1 + a_1 a_2 + .. + a_1 .. a_k tokens on average and takes c(k + 1) + d(k) seconds, where c(n) is a decode
 step of n tokens and d(k) a draft of k. The best k has the most tokens a second; k = 0 is plain decoding.
+
+A head that guesses itself how likely each of its tokens is accepted (DSpark) drafts a whole block, and a token is
+verified while the chance that the draft lasts to it is worth more than its time brings elsewhere: s_i > r (c(i + 1) -
+c(i)), where s_i is the product of the guesses up to token i and r the tokens a second of late (spec model.md 7.2; the
+rule is that of a renewal process, which ends where the marginal rate falls below the mean one).
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Final, Literal
 
@@ -23,6 +29,8 @@ MAX_LENGTH = DECODE_ROWS - 1
 
 _ASSUMED_STEP, _ASSUMED_DRAFT = 0.3, 0.35
 """Cost of one more token in a step, and of one drafted token, in plain steps: before anything is measured."""
+_ASSUMED_BLOCK = 0.5
+"""Cost of a draft whose tokens are made together, likewise: a few stages beside the trunk's layers."""
 
 
 def draft_length(wanted: int | str) -> DraftLength:
@@ -48,11 +56,15 @@ class Costs:
         self._steps: dict[int, float] = {}
         self._drafts: dict[int, float] = {}
 
-    def add(self, n_tok: int, step: float, draft: float) -> None:
-        """One decode step of ``n_tok`` tokens took ``step`` seconds, the draft in front of it ``draft``."""
+    def add(self, n_tok: int, step: float, draft: float, drafted: int | None = None) -> None:
+        """One decode step of ``n_tok`` tokens took ``step`` seconds, the draft in front of it ``draft``.
+
+        drafted  tokens of that draft; None: all but one of ``n_tok``, none was cut off
+        """
+        drafted = n_tok - 1 if drafted is None else drafted
         self._steps[n_tok] = self._median("step", n_tok, step)
-        if n_tok > 1:
-            self._drafts[n_tok - 1] = self._median("draft", n_tok - 1, draft)
+        if drafted:
+            self._drafts[drafted] = self._median("draft", drafted, draft)
 
     def _median(self, what: str, n: int, seconds: float) -> float:
         kept = self._kept[what, n]
@@ -122,8 +134,9 @@ class Acceptance:
 class Pace:
     """Chooses the length of each draft of one request.
 
-    A length follows from how many tokens of earlier drafts were accepted and from times, never from a token that a
-    draft lost, so it changes neither the text at temperature 0 nor the distribution above it (ds4/mtp/accept.py).
+    A length follows from how many tokens of earlier drafts were accepted, from times, and from what the head thinks of
+    the tokens that stay, never from a token that a draft lost, so it changes neither the text at temperature 0 nor the
+    distribution above it (ds4/mtp/accept.py).
     wanted   as asked for
     most     longest draft of the head
     timed    whether measured times decide; else assumed costs do, so that a seed gives the same text again
@@ -135,6 +148,8 @@ class Pace:
     measured side by side are compared fairly even on a machine whose speed changes."""
     PROBES, PROBE_EVERY = 3, 64
     """Plain steps at first and ever so often, from which to know what drafting saves."""
+    _RECENT = 48
+    """Drafts with confidence over which tokens a second are counted."""
 
     def __init__(self, wanted: DraftLength, most: int, costs: Costs, *, timed: bool) -> None:
         self._wanted = wanted
@@ -142,6 +157,7 @@ class Pace:
         self._costs = costs
         self._timed = timed
         self._acceptance = Acceptance()
+        self._recent: deque[tuple[int, int, int]] = deque(maxlen=self._RECENT)  # drafted, verified, accepted
         self._since_probe = 0
         self._doubts = 0
         self.stopped = False
@@ -159,10 +175,40 @@ class Pace:
         best = self._best()
         if best or self._acceptance.drafts < self.EVIDENCE:
             self._doubts = 0
-            return max(1, best)
+            return best or self._shortest
         self._doubts += 1
         self.stopped = self._doubts > self.TRIAL
-        return 0 if self.stopped else self._doubts % 2
+        return 0 if self.stopped or self._doubts % 2 == 0 else self._shortest
+
+    @property
+    def _shortest(self) -> int:
+        """Draft with which to learn whether drafting pays; a block that will be cut is as long as it can be."""
+        return self._most if self._recent else 1
+
+    def keep(self, confidence: Sequence[float]) -> int:
+        """How many tokens of a draft are worth verifying, from the head's guesses (raw logits) for each of them.
+
+        Whether a token stays depends on the guesses up to its own, and so on the tokens in front of it. All of them
+        where AUTO does not decide.
+        """
+        if self._wanted != AUTO:
+            return len(confidence)
+        costs = self._pricing()
+        rate, lasts = max(self._rate(costs), 1 / costs.step(1)), 1.0
+        for n, logit in enumerate(confidence):
+            lasts *= 0.5 + 0.5 * math.tanh(0.5 * logit)  # the logistic function, which does not overflow like this
+            if lasts <= rate * (costs.step(n + 2) - costs.step(n + 1)):
+                return n
+        return len(confidence)
+
+    def _rate(self, costs: Costs) -> float:
+        """Tokens a second of the last steps with a draft that had confidence; 0 if there were none."""
+        drafts = sum(costs.draft(drafted) if self._timed else _ASSUMED_BLOCK for drafted, _, _ in self._recent)
+        seconds = drafts + sum(costs.step(kept + 1) for _, kept, _ in self._recent)
+        return sum(n + 1 for _, _, n in self._recent) / seconds if seconds else 0.0
+
+    def _pricing(self) -> Costs:
+        return self._costs if self._timed else Costs()
 
     def _probe_due(self) -> bool:
         if self._costs.measured(1) < self.PROBES:
@@ -170,11 +216,18 @@ class Pace:
         return self._wanted == AUTO and self._since_probe > self.PROBE_EVERY
 
     def _best(self) -> int:
-        costs = self._costs if self._timed else Costs()
+        costs = self._pricing()
+        if self._recent:
+            return self._most if self._rate(costs) > 1 / costs.step(1) else 0
         speeds = [e / (costs.step(k + 1) + costs.draft(k)) for k, e in enumerate(self._acceptance.expected())]
         return max(range(self._most + 1), key=lambda k: (speeds[k], -k))
 
-    def add(self, k: int, n: int) -> None:
-        """``n`` of ``k`` drafted tokens were accepted."""
-        if k:
+    def add(self, k: int, n: int, drafted: int | None = None) -> None:
+        """``n`` of ``k`` verified tokens were accepted.
+
+        drafted  tokens before those were cut off that :meth:`keep` left out; None: the draft had no confidence
+        """
+        if drafted is not None:
+            self._recent.append((drafted, k, n))
+        if k or drafted:
             self._acceptance.add(k, n)

@@ -125,7 +125,7 @@ class _Run:
                 self.cell.mismatches += 1
                 break
         self.cell.accepted += sum(d.accepted for d in self.drafts)
-        self.cell.rejected += sum(d.drafted - d.accepted for d in self.drafts)
+        self.cell.rejected += sum(d.drafted + d.cut - d.accepted for d in self.drafts)
         return found
 
     def _turn(self, ids: Sequence[int], tokens: Sequence[int], rows: Tensor) -> tuple[int, int, Tensor] | None:

@@ -2,6 +2,7 @@
 
 python scripts/bench_speculation.py                # 8 held-out stories of the bundled model, --draft auto
 python scripts/bench_speculation.py --draft 2 --json
+python scripts/bench_speculation.py --draft-model ds4/demo/dspark.gguf   # the bundled DSpark head instead
 
 Each answer is decoded plainly and with drafts, in turns which of them comes first, so that a machine whose speed
 changes treats both alike; the texts have to be the same. One answer of each kind before that warms up and is not
@@ -84,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("-m", "--model", default=None, help="checkpoint (default: the bundled model)")
     parser.add_argument("--draft", default="auto", help="auto (default), or tokens to draft")
+    parser.add_argument("--draft-model", default=None, help="a draft head in a file of its own")
     parser.add_argument("--kind", choices=KINDS, default="story", help="of conversation (story)")
     parser.add_argument("--answers", type=int, default=8, help="to decode both ways")
     parser.add_argument("--limit", type=int, default=300, help="longest answer, in tokens")
@@ -91,9 +93,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    llm = LLM(args.model, device="cpu", draft=args.draft)
+    llm = LLM(args.model, device="cpu", draft=args.draft, draft_model=args.draft_model)
     record = measure(llm, args.kind, args.answers, args.draft, args.limit, args.seed)
-    record |= {"model": str(llm.path), "draft": args.draft, "kind": args.kind, "seed": args.seed}
+    record |= {"model": str(llm.path), "draft_model": args.draft_model, "draft": args.draft}
+    record |= {"kind": args.kind, "seed": args.seed}
     if args.json:
         print(json.dumps(record, indent=2))
         return

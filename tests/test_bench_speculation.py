@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import bench_speculation
 
+from ds4.demo import bundled_draft_path
 from ds4.engine import Statistics
 
 
@@ -23,6 +24,16 @@ def test_a_short_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert (record["answers"], record["tokens"], record["kind"], record["draft"]) == (1, 11, "story", "1")
     assert record["speedup"] == record["draft_tokens_per_second"] / record["plain_tokens_per_second"]
     assert 0 < record["mean_accepted"] <= 1
+
+
+def test_a_head_of_its_own_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    head = str(bundled_draft_path())
+    arguments = ["--answers", "1", "--limit", "12", "--draft", "3", "--draft-model", head, "--json"]
+    monkeypatch.setattr(sys, "argv", ["bench_speculation.py", *arguments])
+    bench_speculation.main()
+    record = json.loads(capsys.readouterr().out)
+    assert record["draft_model"] == head
+    assert 0 < record["mean_accepted"] <= 3
 
 
 def test_texts_that_differ_end_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from ds4 import LLM, Ds4Error, Piece, SamplingParams, Session, Statistics, engine
+from ds4 import LLM, Ds4Error, Piece, SamplingParams, Session, Statistics
 from ds4.draft_length import AUTO, MAX_LENGTH, Acceptance, Costs, Pace, draft_length
 from ds4.mtp.drafter import Draft
 from ds4.one_answer_matrix import Adversary
@@ -232,7 +232,7 @@ def test_a_seed_repeats_its_text_whatever_the_times(
     for seed in range(3):
         warm(llm, monkeypatch)
         rng = random.Random(seed)
-        monkeypatch.setattr(Costs, "add", lambda self, n, step, draft, rng=rng: self._steps.update({n: rng.random()}))
+        monkeypatch.setattr(Costs, "add", lambda self, n, *_, rng=rng: self._steps.update({n: rng.random()}))
         statistics = answer(llm, prompt, draft="auto", temperature=1.0, seed=4)[1]
         texts.add(tuple(statistics.token_ids))
         assert statistics.draft is not None
@@ -247,7 +247,7 @@ def test_times_change_the_steps_but_not_the_greedy_text(
     for seed in range(3):
         warm(llm, monkeypatch)
         rng = random.Random(seed)
-        monkeypatch.setattr(Costs, "add", lambda self, n, step, draft, rng=rng: self._steps.update({n: rng.random()}))
+        monkeypatch.setattr(Costs, "add", lambda self, n, *_, rng=rng: self._steps.update({n: rng.random()}))
         statistics = answer(llm, prompt, draft="auto")[1]
         assert statistics.token_ids == text
         assert statistics.draft is not None
@@ -388,13 +388,6 @@ def test_draft_model_needs_drafts(tmp_path) -> None:
         LLM(draft="off", draft_model=tmp_path / "x.gguf")
     with pytest.raises(Ds4Error, match=r"x\.gguf: no such file"):
         LLM(draft_model=tmp_path / "x.gguf")
-
-
-@pytest.mark.parametrize("options", [{"draft": 2}, {"draft_model": "head.gguf"}])
-def test_a_gpu_drafts_nothing_yet(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "resolve_device", lambda device: "cuda")
-    with pytest.raises(Ds4Error, match=r"^draft: drafting on a GPU comes later; use --draft off$"):
-        LLM(**options)
 
 
 def test_statistics_add_up(llm: LLM, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,17 +69,29 @@ def model_keys(config: ModelConfig, name: str, n_weights: Mapping[str, int], n_n
     else:
         model["rope.scaling.type"] = "none"
     if config.dspark_block_size is not None:
-        model |= {
-            "dspark.stage_count": config.n_mtp_layers,
-            "dspark.block_size": config.dspark_block_size,
-            "dspark.markov_rank": config.dspark_markov_rank,
-            "dspark.noise_token_id": config.dspark_noise_token_id,
-            "dspark.target_layer_ids": list(config.dspark_target_layer_ids),
-        }
+        model |= _dspark_settings(config)
     keys |= {f"deepseek4.{key}": value for key, value in model.items() if value is not None}
     keys["tokenizer.ggml.bos_token_id"] = config.bos_token_id
     keys["tokenizer.ggml.eos_token_id"] = config.eos_token_id
     return keys
+
+
+def dspark_keys(config: ModelConfig, name: str) -> dict[str, Any]:
+    """The metadata of a DSpark head in a file of its own; ``name`` is ``general.name``."""
+    return {"general.type": "model", "general.name": name} | {
+        f"deepseek4.{key}": value for key, value in _dspark_settings(config).items()
+    }
+
+
+def _dspark_settings(config: ModelConfig) -> dict[str, Any]:
+    """The settings of the head of ``config``, by key without the architecture."""
+    return {
+        "dspark.stage_count": config.n_mtp_layers,
+        "dspark.block_size": config.dspark_block_size,
+        "dspark.markov_rank": config.dspark_markov_rank,
+        "dspark.noise_token_id": config.dspark_noise_token_id,
+        "dspark.target_layer_ids": list(config.dspark_target_layer_ids),
+    }
 
 
 def carried_keys(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,9 @@ import torch
 
 from ds4.config import ModelConfig
 from ds4.weights import names
+from ds4.weights.draft import open_draft
 from ds4.weights.formats import FORMATS, INTEGER_FORMATS
-from ds4.weights.gguf_keys import header_bytes, model_keys
+from ds4.weights.gguf_keys import dspark_keys, header_bytes, model_keys
 from ds4.weights.replacement import Replacement, check_space
 from ds4.weights.tensor import PackedTensor, row_count
 from ds4.weights.writing import MULTIPLIER, FileLayout, Item, Layout, Place, open_written, write_items
@@ -83,6 +84,28 @@ def write_gguf(
     with place:
         write_items(place.work, layout, plan.items)
         open_written(place.work / place.target.name, config, path)
+        place.commit_files()
+    return path
+
+
+def write_draft_gguf(
+    path: str | os.PathLike[str], config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor, str]], *, name: str
+) -> Path:
+    """Quantise the tensors of a DSpark head and write them as a side file, which goes with a trunk of ``config``.
+
+    config   with the head's settings; of it only these are written
+    tensors  as for ``write_gguf``, all of them ``mtp.*``; no tensor gets a multiplier
+    Error:   as ``write_gguf``; Ds4Error too if the head is not complete
+    """
+    path = Path(path)
+    items = {canonical: _item(canonical, values, fmt, False) for canonical, values, fmt in tensors}
+    plan = plan_gguf(items, config, shared_collapse=False)
+    place = Replacement(path)
+    layout = plan.layout(place.target.name, dspark_keys(config, name))
+    check_space(path, layout.size)
+    with place:
+        write_items(place.work, layout, plan.items)
+        open_draft(place.work / place.target.name)
         place.commit_files()
     return path
 

@@ -26,7 +26,8 @@ def hc_mix(streams: Tensor, fn: Tensor, norm_eps: float, rows: Rows = None) -> T
 @lru_cache(maxsize=8)
 def _scale_index(m: int, device: torch.device) -> Tensor:
     """Which of the three scales (pre, post, comb) belongs to each of the ``(2 + m) m`` mixing logits."""
-    return torch.tensor([0] * m + [1] * m + [2] * (m * m), device=device)
+    with torch.inference_mode(False):  # kept, and training may be the next to use it
+        return torch.tensor([0] * m + [1] * m + [2] * (m * m), device=device)
 
 
 def hc_sinkhorn(
