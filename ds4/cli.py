@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ds4 import __version__
 from ds4.cli_bench import Mix, bench_command
@@ -17,6 +18,7 @@ from ds4.cli_bench import Wanted as Bench
 from ds4.cli_common import (
     MEMORY,
     TOKENS,
+    FiniteRange,
     Options,
     WholeRange,
     draft_options,
@@ -24,6 +26,7 @@ from ds4.cli_common import (
     sampling_options,
 )
 from ds4.cli_errors import OneLineErrors
+from ds4.cli_throughput import Frontiers, Kinds, Throughput, throughput_command
 
 
 def _print_version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -201,6 +204,32 @@ def convert(source: str, out: str, **wanted: Any) -> None:
 
 
 @main.command()
+@click.option("-m", "--model", metavar="PATH", help="Checkpoint or hub name; the bundled small model if left out.")
+@click.option("--ctx", type=Frontiers(), metavar="N,...", help="Lengths of the context to measure at, such as 2k,8k.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run (auto).")
+@draft_options
+@click.option(
+    "--accept",
+    type=FiniteRange(0, 1),
+    metavar="X",
+    help="Draft without a head: each token right with probability X, at no cost.",
+)
+@click.option("--prompts", type=Kinds(), metavar="KIND,...", help="Kinds of text: chat,code,random (all).")
+@click.option("--tokens", type=WholeRange(1), default=64, metavar="N", help="Tokens decoded in a repeat (64).")
+@click.option("--repeats", type=WholeRange(1), default=3, metavar="N", help="Repeats at each length (3).")
+@click.option("--chunk", type=TOKENS, metavar="N", help="Prompt tokens timed at a time (4k; 512 on the CPU).")
+@click.option("--synthetic", metavar="RECIPE", help="Random weights of a public checkpoint's formats, such as q2.")
+@click.option("--layers", type=WholeRange(1), metavar="N", help="--synthetic: the first N layers (as many as fit).")
+@click.option("--experts", type=WholeRange(1), metavar="N", help="--synthetic: experts a layer (256).")
+@click.option("--skew", type=FiniteRange(0), default=0.0, metavar="X", help="--synthetic: uneven routing (0).")
+@click.option(
+    "--shrink",
+    type=click.Choice(["1", "2", "4", "8"]),
+    default="1",
+    help="--synthetic: divide widths and vocabulary, for a look on a CPU (1).",
+)
+@click.option("--csv", metavar="FILE", help="Write the rows to FILE.")
+@click.option("--plots", metavar="DIR", help="Draw plots into DIR, as PNG and SVG (pip install 'ds4[plots]').")
 @click.option("--plan", is_flag=True, help="Launches and bytes of a decode step; needs no GPU.")
 @click.option("--dispatch", is_flag=True, help="Which kernel serves which operation, and how often; needs no GPU.")
 @click.option(
@@ -210,33 +239,60 @@ def convert(source: str, out: str, **wanted: Any) -> None:
     flag_value="step",
     help="Times on a GPU: of every operation (step), or of the experts by layer (moe).",
 )
-@click.option("-m", "--model", metavar="PATH", help="Checkpoint or hub name; the bundled small model if left out.")
-@click.option("--n-tok", type=WholeRange(1, 8), default=1, metavar="N", help="Tokens of a step, 1 to 8 (1).")
+@click.option("--n-tok", type=WholeRange(1, 8), metavar="N", help="--plan, --profile: tokens of a step, 1 to 8 (1).")
 @click.option("--mix", type=Mix(), metavar="N:STEPS,...", help="--dispatch: steps of N tokens (1:1,2:1).")
 @click.option("--run", is_flag=True, help="--dispatch: run the steps on the GPU and count.")
-@click.option("--ctx", type=TOKENS, metavar="N", help="Tokens before the step (4096; 512 where steps run).")
-@click.option("--steps", type=WholeRange(1), default=50, metavar="N", help="--profile: steps to measure (50).")
+@click.option("--steps", type=WholeRange(1), metavar="N", help="--profile: steps to measure (50).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench(**options: Any) -> None:
-    """Show what a decode step launches, moves and takes.
+@click.pass_context
+def bench(context: click.Context, **options: Any) -> None:
+    """Measure tokens a second, or look into a decode step.
 
-    --plan and --dispatch read the checkpoint's headers only. --profile runs the step on the GPU, operation by operation
-    and as a whole; bytes are those that have to move, so GB/s and % of the card's copy bandwidth say how far a kernel
-    is from its limit. The library prints the same tables after generate() where the environment variable DS4_PROFILE
-    is step or moe.
+    Without a mode: prompt and decode speed at several lengths of the context, plain and with drafts, in one run with
+    the memory's copy bandwidth, so that "% roof" says how far a token is from the memory's speed. Both ways have to
+    give the same tokens.
+
+    The modes are --plan, --dispatch and --profile; --ctx is then the tokens before the step (4096, or 512 where steps
+    run). --plan and --dispatch read the checkpoint's headers only; --profile times the step's operations on a GPU.
 
     \b
     Examples:
+      ds4 bench
+      ds4 bench -m model.gguf --ctx 2k,32k --draft 3 --json > run.json
+      ds4 bench --synthetic q2 --device cuda --plots plots
+      ds4 bench --synthetic official-0731 --layers 4 --shrink 8 --ctx 512
       ds4 bench --plan -m model.gguf --ctx 32k
       ds4 bench --dispatch --mix 1:256,2:64
       ds4 bench --profile moe -m model.gguf --n-tok 2 --json
+
+    The library prints the tables of --profile after generate() where the environment variable DS4_PROFILE is step or
+    moe.
     """
-    asked = [name for name in ("plan", "dispatch", "profile") if options[name]]
-    if len(asked) != 1:
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    modes = [name for name in ("plan", "dispatch", "profile") if options[name]]
+    if len(modes) > 1:
         raise click.UsageError("choose one of --plan, --dispatch and --profile")
-    if asked[0] != "dispatch" and (options["mix"] or options["run"]):
-        raise click.UsageError("--mix and --run belong to --dispatch")
-    bench_command(Bench(**options))
+    of_step = {"n_tok": ("plan", "profile"), "steps": ("profile",), "mix": ("dispatch",), "run": ("dispatch",)}
+    for name, wanted in of_step.items():
+        if name in given and not set(modes) & set(wanted):
+            raise click.UsageError(f"{_option(name)} belongs to {' and '.join(map(_option, wanted))}")
+    of_modes = {*of_step, "plan", "dispatch", "profile"}
+    if not modes:
+        chosen = {name: value for name, value in options.items() if name not in of_modes}
+        throughput_command(Throughput(**chosen | {"shrink": int(options["shrink"])}))
+        return
+    shared = {*of_modes, "model", "ctx", "as_json"}
+    if stray := sorted(given - shared):
+        raise click.UsageError(f"{_option(stray[0])} does not go with --{modes[0]}")
+    if options["ctx"] and len(options["ctx"]) > 1:
+        raise click.UsageError(f"--ctx: --{modes[0]} takes one length")
+    step = {name: options[name] for name in shared if options[name] is not None}
+    bench_command(Bench(**step | {"ctx": options["ctx"][0] if options["ctx"] else None}))
+
+
+def _option(name: str) -> str:
+    """A parameter's name on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""``ds4 bench``: what a decode step launches and moves (--plan, --dispatch), and what it takes on a GPU (--profile)."""
+"""``ds4 bench`` of a decode step: what it launches and moves (--plan, --dispatch) and takes on a GPU (--profile)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds4.cli_common import ProgressBar
+from ds4.cli_common import ProgressBar, print_plan
 from ds4.errors import Ds4Error
 
 if TYPE_CHECKING:
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from ds4.weights.checkpoint import Checkpoint
 
 PLAN_POSITION, PROFILE_POSITION = 4096, 512
-_MAX_TOKENS = 8
-_TEXT = (
-    "The lighthouse keeper counted the ships every evening and wrote their names in a green book. On May the second "
-    "he counted eleven; one of them, the Aurora, carried 340 tons of salt, and her captain asked the price of rope. "
-    "def area(width, height): return width * height. La mer est calme ce soir, et le vent vient du nord-ouest. "
-)
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,12 @@ def bench_command(wanted: Wanted) -> None:
     elif wanted.dispatch:
         record, text = _dispatch(wanted), tables.dispatch_text
     else:
-        record, text = plan(_open(wanted.model), wanted.n_tok, wanted.ctx), tables.plan_text
+        record, text = plan(open_model(wanted.model), wanted.n_tok, wanted.ctx), tables.plan_text
     click.echo(json.dumps(record) if wanted.as_json else text(record))
 
 
-def _open(model: str | None) -> Checkpoint:
+def open_model(model: str | None) -> Checkpoint:
+    """A checkpoint, of which headers are read; the bundled one for None."""
     from ds4 import hub
     from ds4.demo import bundled_model_path
     from ds4.weights import open_checkpoint
@@ -109,7 +104,7 @@ def _dispatch(wanted: Wanted) -> dict[str, Any]:
     mix = dict(wanted.mix or {1: 1, 2: 1})
     if wanted.run:
         return count_dispatch(on_gpu(wanted, sum(n * times for n, times in mix.items())), mix, wanted.ctx)
-    checkpoint = _open(wanted.model)
+    checkpoint = open_model(wanted.model)
     model = shape_model(checkpoint)
     cache = model.new_cache(_position(checkpoint, wanted.ctx, PLAN_POSITION, max(mix)) + max(mix))
     steps = {n_tok: DecodeStep(model, cache, n_tok) for n_tok in mix}
@@ -133,14 +128,15 @@ def count_dispatch(llm: LLM, mix: Mapping[int, int], ctx: int | None) -> dict[st
 
 
 def _profile(wanted: Wanted) -> dict[str, Any]:
-    from ds4.profiling.clock import CudaClock, GraphBackend
+    from ds4.graph.capture import CudaGraph
+    from ds4.profiling.clock import CudaClock
     from ds4.profiling.environment import copy_gb_s
     from ds4.profiling.measure import WARM_UP
 
     llm = on_gpu(wanted, (wanted.steps + WARM_UP) * wanted.n_tok)
     assert llm.backend is not None
     copy = copy_gb_s(llm.backend, llm.model.device)
-    return profile(llm, wanted, CudaClock(), GraphBackend, copy)
+    return profile(llm, wanted, CudaClock(), CudaGraph, copy)
 
 
 def profile(
@@ -171,25 +167,25 @@ def on_gpu(wanted: Wanted, n_more: int) -> LLM:
 
     if not torch.cuda.is_available():
         raise Ds4Error("bench: torch finds no GPU to measure on (ds4 doctor says why); --plan and --dispatch need none")
-    checkpoint = _open(wanted.model)
+    checkpoint = open_model(wanted.model)
     position = _position(checkpoint, wanted.ctx, PROFILE_POSITION, n_more)
     bar = ProgressBar("loading the weights", bytes_done=True)
     try:
-        return LLM(wanted.model, device="cuda", ctx=position + n_more, on_load=bar.update)
+        return LLM(wanted.model, device="cuda", ctx=position + n_more, on_load=bar.update, on_plan=print_plan)
     finally:
         bar.close()
 
 
 def begin(llm: LLM, ctx: int | None, n_more: int) -> tuple[list[int], int, Decoder]:
     """A text of token ids, the position up to which it has been processed, and a decoder for the rest."""
+    from ds4.bench.prompts import Prompt
     from ds4.model.steps import Decoder
 
     assert llm.backend is not None
     position = _position(llm.checkpoint, ctx, PROFILE_POSITION, n_more)
-    ids = llm.tokenizer.encode(_TEXT) if llm.tokenizer else list(range(llm.config.vocab_size))
-    ids = (ids * ((position + n_more) // len(ids) + 1))[: position + n_more]
+    ids = Prompt(llm, "code" if llm.tokenizer else "random", position + n_more).body
     session = llm.session(position + n_more)
-    bar = ProgressBar("processing the prompt")
+    bar = ProgressBar("processing the prompt", tokens=True)
     try:
         session.prefill(ids[:position], progress=bar.update)
     finally:

@@ -147,7 +147,7 @@ def check_packages() -> list[Check]:
 
 def check_driver() -> list[Check]:
     """The driver and the CUDA version it offers."""
-    cuda, release = _driver_cuda(), _driver_release()
+    cuda, release = _driver_cuda(), driver_release()
     text = f"{release}, CUDA {cuda}" if release else f"CUDA {cuda}"
     facts = {"cuda": cuda, "release": release}
     return [Check("driver", "ok", text, facts)]
@@ -162,7 +162,7 @@ def _driver_cuda() -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _driver_release() -> str | None:
+def driver_release() -> str | None:
     """The kernel module's release (580.65.06), on Linux."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()

@@ -12,176 +12,94 @@ import argparse
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HIDDEN, VOCAB, LAYERS, HASH_LAYERS = 4096, 129280, 43, 3
-HEADS, HEAD_DIM, Q_LORA, GROUPS, O_LORA, INTER = 64, 512, 1024, 8, 1024, 2048
-STREAMS, MIX = 4 * HIDDEN, 24
-RATIOS = [0, 0] + [4 if layer % 2 == 0 else 128 for layer in range(2, LAYERS)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# ggml type -> (id, weights a block, bytes a block)
+from ds4.weights import names
+from ds4.weights.published import (
+    FLASH,
+    GGUF_RECIPES,
+    SAFETENSORS_RECIPES,
+    GgufRecipe,
+    SafetensorsRecipe,
+    block_weights,
+    outer_weights,
+    trunk_weights,
+)
+
+HIDDEN, VOCAB, LAYERS = FLASH.hidden_size, FLASH.vocab_size, FLASH.num_hidden_layers
+RATIOS = list(FLASH.compress_ratios)
+# Format -> (ggml type id, weights a block, bytes a block). NVFP4 is in the sleepy form: super-blocks, chosen by the
+# tensor's name.
 GGML = {
-    **{"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "I32": (26, 1, 4), "Q8_0": (8, 32, 34)},
-    **{"Q2_K": (10, 256, 84), "Q4_K": (12, 256, 144), "IQ2_XXS": (16, 256, 66), "MXFP4": (39, 32, 17)},
-    "NVFP4": (40, 256, 144),  # the sleepy form: super-blocks, chosen by the tensor's name
+    **{"f32": (0, 1, 4), "f16": (1, 1, 2), "bf16": (30, 1, 2), "i32": (26, 1, 4), "q8_0": (8, 32, 34)},
+    **{"q2_k": (10, 256, 84), "q4_k": (12, 256, 144), "iq2_xxs": (16, 256, 66), "mxfp4": (39, 32, 17)},
+    "nvfp4_sleepy": (40, 256, 144),
 }
-
-
-def block_shapes(layer: int, n_experts: int, *, draft: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(suffix, shape) of one block in official naming; the experts of one matrix as ``ffn.experts.wX.weight``."""
-    for site in ("attn", "ffn"):
-        yield f"hc_{site}_fn", (MIX, STREAMS)
-        yield f"hc_{site}_base", (MIX,)
-        yield f"hc_{site}_scale", (3,)
-        yield f"{site}_norm.weight", (HIDDEN,)
-    yield "attn.wq_a.weight", (Q_LORA, HIDDEN)
-    yield "attn.q_norm.weight", (Q_LORA,)
-    yield "attn.wq_b.weight", (HEADS * HEAD_DIM, Q_LORA)
-    yield "attn.wkv.weight", (HEAD_DIM, HIDDEN)
-    yield "attn.kv_norm.weight", (HEAD_DIM,)
-    yield "attn.attn_sink", (HEADS,)
-    yield "attn.wo_a.weight", (GROUPS * O_LORA, HEADS * HEAD_DIM // GROUPS)
-    yield "attn.wo_b.weight", (HIDDEN, GROUPS * O_LORA)
-    ratio = 0 if draft else RATIOS[layer]
-    for prefix, width in (("attn.", HEAD_DIM), ("attn.indexer.", 128)):
-        if ratio == 4 or (ratio and prefix == "attn."):
-            wide = width * (2 if ratio == 4 else 1)
-            yield f"{prefix}compressor.wkv.weight", (wide, HIDDEN)
-            yield f"{prefix}compressor.wgate.weight", (wide, HIDDEN)
-            yield f"{prefix}compressor.ape", (ratio, wide)
-            yield f"{prefix}compressor.norm.weight", (width,)
-    if ratio == 4:
-        yield "attn.indexer.wq_b.weight", (64 * 128, Q_LORA)
-        yield "attn.indexer.weights_proj.weight", (64, HIDDEN)
-    yield "ffn.gate.weight", (n_experts, HIDDEN)
-    if not draft and layer < HASH_LAYERS:
-        yield "ffn.gate.tid2eid", (VOCAB, 6)
-    else:
-        yield "ffn.gate.bias", (n_experts,)
-    for matrix, shape in (("w1", (INTER, HIDDEN)), ("w2", (HIDDEN, INTER)), ("w3", (INTER, HIDDEN))):
-        yield f"ffn.experts.{matrix}.weight", (n_experts, *shape)
-        yield f"ffn.shared_experts.{matrix}.weight", shape
-
-
-def globals_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of everything outside the blocks."""
-    yield "embed.weight", (VOCAB, HIDDEN)
-    yield "head.weight", (VOCAB, HIDDEN)
-    yield "norm.weight", (HIDDEN,)
-    yield "hc_head_fn", (4, STREAMS)
-    yield "hc_head_base", (4,)
-    yield "hc_head_scale", (1,)
 
 
 # GGUF
 
 
-def az_type(suffix: str, shape: tuple[int, ...]) -> str:
-    """What antirez/ds4 stores everything but the experts as (weights.md 3.2)."""
-    if "tid2eid" in suffix:
-        return "I32"
-    if suffix in ("hc_attn_fn", "hc_ffn_fn", "hc_head_fn", "embed.weight", "ffn.gate.weight"):
-        return "F16"
-    if "compressor.w" in suffix or suffix.endswith(".ape") or "indexer.w" in suffix:
-        return "F16"
-    return "Q8_0" if len(shape) > 1 else "F32"
-
-
-def lc_type(suffix: str, shape: tuple[int, ...]) -> str:
-    """What llama.cpp's converter stores it as (weights.md 3.2)."""
-    if "tid2eid" in suffix:
-        return "I32"
-    if suffix.startswith("hc_") or suffix.endswith(".ape") or len(shape) == 1:
-        return "F32"
-    if suffix in ("embed.weight", "head.weight", "ffn.gate.weight") or "compressor.w" in suffix:
-        return "BF16"
-    return "BF16" if "weights_proj" in suffix else "Q8_0"
-
-
-@dataclass(frozen=True)
-class GgufRecipe:
-    """A public GGUF: types of the experts' three matrices by layer, of the rest, kept experts where it was pruned."""
-
-    experts: Callable[[int], tuple[str, str, str]]
-    dense: Callable[[str, tuple[int, ...]], str]
-    kept: int | None = None
-    name: str = "DeepSeek V4 Flash"
-
-
-def _sleepy(kept: int) -> GgufRecipe:
-    return GgufRecipe(lambda _: ("NVFP4", "Q2_K", "NVFP4"), az_type, kept)
-
-
-_Q2, _Q4 = ("IQ2_XXS", "Q2_K", "IQ2_XXS"), ("Q4_K", "Q4_K", "Q4_K")
-GGUF_RECIPES = {
-    "q2": GgufRecipe(lambda _: _Q2, az_type),
-    "q4": GgufRecipe(lambda _: _Q4, az_type),
-    "q2-37-42-q4": GgufRecipe(lambda layer: _Q4 if layer >= 37 else _Q2, az_type),
-    "mxfp4-moe": GgufRecipe(lambda _: ("MXFP4", "MXFP4", "MXFP4"), lc_type),
-    "k128": _sleepy(128),
-    "k150": _sleepy(150),
-    "k180": _sleepy(180),
-}
-
-
 def gguf_tensors(recipe: GgufRecipe) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(GGUF name, ggml type, row-major shape) in file order."""
-    from ds4.weights import names
-
-    for name, shape in globals_shapes():
-        place = names.to_gguf(name)
-        assert place is not None
-        yield place[0], recipe.dense(name, shape), shape
+    """(GGUF name, format, row-major shape) in file order."""
     stacks = {matrix: stem for stem, matrix in names.EXPERTS.items()}
-    for layer in range(LAYERS):
-        n_experts = 256 if recipe.kept is None or layer < HASH_LAYERS else recipe.kept
-        types = dict(zip(("w1", "w2", "w3"), recipe.experts(layer), strict=True))
-        for suffix, shape in block_shapes(layer, n_experts):
-            if suffix.startswith("ffn.experts."):
-                matrix = suffix.split(".")[2]
-                stem = f"blk.{layer}.{stacks[matrix]}"
-                if types[matrix] == "NVFP4":
-                    stem = stem.removesuffix(".weight")
-                    yield f"{stem}.nvfp4_weight", "NVFP4", shape
-                    yield f"{stem}.nvfp4_scale_2", "F32", (n_experts,)
-                else:
-                    yield stem, types[matrix], shape
-                continue
-            place = names.to_gguf(f"layers.{layer}.{suffix}")
+    for name, fmt, shape in trunk_weights(FLASH, recipe):
+        if ".experts." not in name:
+            place = names.to_gguf(name)
             assert place is not None
-            yield place[0], recipe.dense(suffix, shape), shape
+            yield place[0], fmt, shape
+            continue
+        _, layer, _, _, _, matrix, _ = name.split(".")
+        stem = f"blk.{layer}.{stacks[matrix]}"
+        if fmt == "nvfp4_sleepy":
+            stem = stem.removesuffix(".weight")
+            yield f"{stem}{names.SLEEPY}", fmt, shape
+            yield f"{stem}{names.SLEEPY_SCALE}", "f32", shape[:1]
+        else:
+            yield stem, fmt, shape
 
 
 def gguf_metadata(recipe: GgufRecipe) -> dict[str, Any]:
     """The keys of weights.md 3.1, with a vocabulary of the real size: most of a header is its tokenizer."""
-    keys: dict[str, Any] = {"general.architecture": "deepseek4", "general.name": recipe.name}
+    c = FLASH
+    keys: dict[str, Any] = {"general.architecture": "deepseek4", "general.name": "DeepSeek V4 Flash"}
     keys |= {
         f"deepseek4.{key}": value
         for key, value in {
             **{"block_count": LAYERS, "context_length": 1 << 20, "vocab_size": VOCAB, "embedding_length": HIDDEN},
-            **{"attention.head_count": HEADS, "attention.head_count_kv": 1, "attention.key_length": HEAD_DIM},
-            **{"attention.value_length": HEAD_DIM, "attention.layer_norm_rms_epsilon": 1e-6},
-            **{"attention.q_lora_rank": Q_LORA, "attention.output_lora_rank": O_LORA},
-            **{"attention.output_group_count": GROUPS, "attention.sliding_window": 128},
+            **{
+                "attention.head_count": c.num_attention_heads,
+                "attention.head_count_kv": 1,
+                "attention.key_length": c.head_dim,
+            },
+            **{"attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": 1e-6},
+            **{"attention.q_lora_rank": c.q_lora_rank, "attention.output_lora_rank": c.o_lora_rank},
+            **{"attention.output_group_count": c.o_groups, "attention.sliding_window": 128},
             **{"attention.indexer.head_count": 64, "attention.indexer.key_length": 128, "attention.indexer.top_k": 512},
             **{"attention.compress_ratios": [*RATIOS, 0], "attention.compress_rope_freq_base": 160000.0},
             **{"rope.dimension_count": 64, "rope.freq_base": 10000.0, "rope.scaling.type": "yarn"},
             **{"rope.scaling.factor": 16.0, "rope.scaling.original_context_length": 65536},
             **{"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0},
             **{"expert_count": 256, "expert_used_count": 6, "expert_shared_count": 1},
-            **{"expert_feed_forward_length": INTER, "expert_weights_scale": 1.5, "expert_weights_norm": True},
-            **{"expert_gating_func": 4, "hash_layer_count": HASH_LAYERS, "swiglu_clamp_exp": [10.0] * LAYERS},
+            **{
+                "expert_feed_forward_length": c.moe_intermediate_size,
+                "expert_weights_scale": 1.5,
+                "expert_weights_norm": True,
+            },
+            **{"expert_gating_func": 4, "hash_layer_count": c.num_hash_layers, "swiglu_clamp_exp": [10.0] * LAYERS},
             **{"hyper_connection.count": 4, "hyper_connection.sinkhorn_iterations": 20},
             **{"hyper_connection.epsilon": 1e-6, "nextn_predict_layers": 1},
         }.items()
     }
     if recipe.kept is not None:
-        kept = [256 if layer < HASH_LAYERS else recipe.kept for layer in range(LAYERS)]
+        kept = [recipe.n_experts(layer, FLASH) for layer in range(LAYERS)]
         keys |= {"reap.enabled": True, "reap.layout": "ds4-compact-v1", "reap.layer.keep_count": kept}
-        keys["reap.layer.policy"] = [1 if layer < HASH_LAYERS else 2 for layer in range(LAYERS)]
+        keys["reap.layer.policy"] = [1 if layer < FLASH.num_hash_layers else 2 for layer in range(LAYERS)]
         keys["reap.layer.expert_count"] = [256] * LAYERS
     keys |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "deepseek-v3"}
     keys["tokenizer.ggml.tokens"] = [f"token{index}" for index in range(VOCAB)]
@@ -239,95 +157,94 @@ def _sparse(path: Path, header: bytes, n_bytes: int) -> Path:
 # Safetensors
 
 
-@dataclass(frozen=True)
-class SafetensorsRecipe:
-    """A public safetensors release: format of the trunk's experts, their number, and the draft stages."""
-
-    experts: str = "mxfp4"
-    n_experts: int = 256
-    dspark: bool = True
-
-
-SAFETENSORS_RECIPES = {
-    "official-0731": SafetensorsRecipe(),
-    "official-preview": SafetensorsRecipe(dspark=False),
-    "modelopt-nvfp4-0731": SafetensorsRecipe("nvfp4"),
-    "0731-reap-k160": SafetensorsRecipe(n_experts=160),
-}
 _ITEM = {"F32": 4, "BF16": 2, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1}
 
 
-def _official(name: str, shape: tuple[int, ...], experts: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def _stored(name: str, fmt: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of a weight and its companions (weights.md 1 and 2.1)."""
     base = name.removesuffix("weight")
-    if "hc_" in name or name.endswith((".ape", ".bias", ".attn_sink")):
-        yield name, "F32", shape
-    elif name.endswith("tid2eid"):
-        yield name, "I64", shape
-    elif ".experts." in name and experts == "nvfp4" and not name.startswith("mtp."):
+    if fmt == "nvfp4_modelopt":
         yield name, "U8", (shape[0], shape[1] // 2)
         yield base + "weight_scale", "F8_E4M3", (shape[0], shape[1] // 16)
         yield base + "weight_scale_2", "F32", ()
         yield base + "input_scale", "F32", ()
-    elif ".experts." in name:
+    elif fmt == "mxfp4_official":
         yield name, "I8", (shape[0], shape[1] // 2)
         yield base + "scale", "F8_E8M0", (shape[0], shape[1] // 32)
-    elif ".attn.w" in name or ".indexer.wq_b" in name or ".shared_experts." in name or "main_proj" in name:
+    elif fmt == "fp8_block":
         yield name, "F8_E4M3", shape
         yield base + "scale", "F8_E8M0", (-(-shape[0] // 128), -(-shape[1] // 128))
-    elif name.endswith(("e_proj.weight", "h_proj.weight")):
-        yield name, "F8_E4M3", shape
-        yield base + "scale", "F8_E8M0", (shape[0] // 128, shape[1] // 128)
     else:
-        yield name, "BF16", shape
+        yield name, fmt.upper(), shape
 
 
-def safetensors_names(recipe: SafetensorsRecipe) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(canonical name, shape) of every weight, experts one by one."""
-    yield from globals_shapes()
+def safetensors_weights(recipe: SafetensorsRecipe) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(canonical name, format, shape) of every weight, experts one by one, draft stages behind the trunk."""
+
+    def single(name: str, fmt: str, shape: tuple[int, ...]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        if "*" not in name:
+            yield name, fmt, shape
+        else:
+            for expert in range(shape[0]):
+                yield name.replace("*", str(expert)), fmt, shape[1:]
+
+    for name, fmt, shape in trunk_weights(FLASH, recipe):
+        yield from single(name, fmt, shape)
     stages = 3 if recipe.dspark else 1
-    blocks = [(f"layers.{n}.", n, False) for n in range(LAYERS)] + [(f"mtp.{n}.", n, True) for n in range(stages)]
-    for prefix, layer, draft in blocks:
-        for suffix, shape in block_shapes(layer, recipe.n_experts, draft=draft):
-            if suffix.startswith("ffn.experts."):
-                matrix = suffix.split(".")[2]
-                for expert in range(shape[0]):
-                    yield f"{prefix}ffn.experts.{expert}.{matrix}.weight", shape[1:]
-            else:
-                yield prefix + suffix, shape
+    for stage in range(stages):
+        for suffix, shape in block_weights(FLASH, 0, recipe.n_experts(stage, FLASH), draft=True):
+            yield from single(f"mtp.{stage}.{suffix}", recipe.format(suffix, None, shape), shape)
     last = stages - 1
-    for name in ("hc_head_fn", "hc_head_base", "hc_head_scale"):
-        yield f"mtp.{last}.{name}", dict(globals_shapes())[name]
-    yield f"mtp.{last}.norm.weight", (HIDDEN,)
+    outer = dict(outer_weights(FLASH))
+    extra = {f"{last}.{name}": outer[name] for name in ("hc_head_fn", "hc_head_base", "hc_head_scale")}
+    extra[f"{last}.norm.weight"] = (HIDDEN,)
     if recipe.dspark:
-        yield "mtp.0.main_proj.weight", (HIDDEN, 3 * HIDDEN)
-        yield "mtp.0.main_norm.weight", (HIDDEN,)
-        yield "mtp.2.markov_head.markov_w1.weight", (VOCAB, 256)
-        yield "mtp.2.markov_head.markov_w2.weight", (VOCAB, 256)
-        yield "mtp.2.confidence_head.proj.weight", (1, HIDDEN + 256)
-        return
-    for name in ("e_proj", "h_proj"):
-        yield f"mtp.0.{name}.weight", (HIDDEN, HIDDEN)
-    for name in ("enorm", "hnorm"):
-        yield f"mtp.0.{name}.weight", (HIDDEN,)
+        extra |= {"0.main_proj.weight": (HIDDEN, 3 * HIDDEN), "0.main_norm.weight": (HIDDEN,)}
+        extra |= {f"2.markov_head.markov_{name}.weight": (VOCAB, 256) for name in ("w1", "w2")}
+        extra["2.confidence_head.proj.weight"] = (1, HIDDEN + 256)
+    else:
+        extra |= {f"0.{name}.weight": (HIDDEN, HIDDEN) for name in ("e_proj", "h_proj")}
+        extra |= {f"0.{name}.weight": (HIDDEN,) for name in ("enorm", "hnorm")}
+    for name, shape in extra.items():
+        yield f"mtp.{name}", recipe.format(name.partition(".")[2], None, shape), shape
 
 
 def config_json(recipe: SafetensorsRecipe) -> dict[str, Any]:
     """config.json of the release, as far as the text model reads it."""
+    c = FLASH
     return {
         **{"model_type": "deepseek_v4", "architectures": ["DeepseekV4ForCausalLM"], "vocab_size": VOCAB},
-        **{"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": 1},
-        **{"head_dim": HEAD_DIM, "qk_rope_head_dim": 64, "q_lora_rank": Q_LORA, "o_groups": GROUPS},
-        **{"o_lora_rank": O_LORA, "sliding_window": 128, "compress_rope_theta": 160000, "rope_theta": 10000},
+        **{
+            "hidden_size": HIDDEN,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": c.num_attention_heads,
+            "num_key_value_heads": 1,
+        },
+        **{
+            "head_dim": c.head_dim,
+            "qk_rope_head_dim": 64,
+            "q_lora_rank": c.q_lora_rank,
+            "o_groups": c.o_groups,
+        },
+        **{"o_lora_rank": c.o_lora_rank, "sliding_window": 128, "compress_rope_theta": 160000, "rope_theta": 10000},
         "compress_ratios": [*RATIOS, *[0] * (3 if recipe.dspark else 1)],
         "rope_scaling": {
             **{"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536},
             **{"beta_fast": 32, "beta_slow": 1},
         },
         **{"max_position_embeddings": 1 << 20, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512},
-        **{"moe_intermediate_size": INTER, "n_routed_experts": recipe.n_experts, "num_experts_per_tok": 6},
+        **{
+            "moe_intermediate_size": c.moe_intermediate_size,
+            "n_routed_experts": recipe.experts_in_all,
+            "num_experts_per_tok": 6,
+        },
         **{"n_shared_experts": 1, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True},
-        **{"routed_scaling_factor": 1.5, "num_hash_layers": HASH_LAYERS, "swiglu_limit": 10.0, "hidden_act": "silu"},
+        **{
+            "routed_scaling_factor": 1.5,
+            "num_hash_layers": c.num_hash_layers,
+            "swiglu_limit": 10.0,
+            "hidden_act": "silu",
+        },
         **{"hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "rms_norm_eps": 1e-6},
         **{"num_nextn_predict_layers": 1, "attention_bias": False, "tie_word_embeddings": False},
         **{"bos_token_id": 0, "eos_token_id": 1, "expert_dtype": "fp4"},
@@ -339,8 +256,8 @@ def write_safetensors(directory: Path, recipe: SafetensorsRecipe, shard_bytes: i
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Any]] = [{}]
     filled = 0
-    for name, shape in safetensors_names(recipe):
-        for stored, dtype, dims in _official(name, shape, recipe.experts):
+    for name, fmt, shape in safetensors_weights(recipe):
+        for stored, dtype, dims in _stored(name, fmt, shape):
             n_bytes = _ITEM[dtype]
             for size in dims:
                 n_bytes *= size

@@ -73,7 +73,16 @@ class LLM:
     made: list[LLM] = []  # noqa: RUF012
 
     def __init__(
-        self, path=None, *, device="auto", ctx=8192, numerics=None, draft="auto", draft_model=None, on_load=None
+        self,
+        path=None,
+        *,
+        device="auto",
+        ctx=8192,
+        numerics=None,
+        draft="auto",
+        draft_model=None,
+        on_load=None,
+        on_plan=None,
     ) -> None:
         if self.load_error:
             raise self.load_error

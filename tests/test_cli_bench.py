@@ -52,10 +52,9 @@ def test_dispatch():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "choose one of --plan, --dispatch and --profile"),
         (("--plan", "--profile"), "choose one of"),
-        (("--plan", "--mix", "1:2"), "--mix and --run belong to --dispatch"),
-        (("--profile", "moe", "--run"), "--mix and --run belong to --dispatch"),
+        (("--plan", "--mix", "1:2"), "--mix belongs to --dispatch"),
+        (("--profile", "moe", "--run"), "--run belongs to --dispatch"),
         (("--dispatch", "--mix", "1:2,9:1"), "'1:2,9:1' is not a list of tokens:steps"),
         (("--dispatch", "--mix", "1:2,1:3"), "each once"),
         (("--dispatch", "--mix", ""), "is not a list"),

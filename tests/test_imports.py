@@ -1,6 +1,6 @@
 """Imports go one way, and ``import ds4`` stays light.
 
-    cli -> engine -> {graph -> mtp, profiling} -> model -> kernels -> kv -> weights -> config
+    cli -> bench -> engine -> {graph -> mtp, fit -> profiling} -> model -> kernels -> kv -> weights -> config
 
 text, sampling and demo stand apart. The source is parsed, not run, so an import inside a function or under
 TYPE_CHECKING counts like any other.
@@ -36,15 +36,19 @@ ALLOWED = {
     "demo": set(),
     "hub": set(),
     "replacing": set(),
-    "fit": {"kv", "config"},
+    "fit": {"profiling", "model", "kernels", "kv", "weights", "config"},
     "doctor": {"engine", "kernels"},
     "engine": {
-        *("profiling", "graph", "mtp", "model", "kernels", "kv", "weights", "config"),
+        *("fit", "profiling", "graph", "mtp", "model", "kernels", "kv", "weights", "config"),
         *("text", "sampling", "demo", "hub", "replacing"),
+    },
+    "bench": {
+        *("root", "engine", "doctor", "fit", "profiling", "model", "kernels", "kv", "weights", "config", "sampling"),
     },
     "root": {"engine", "config", "sampling", "weights", "text"},
     "cli": {
         "root",
+        "bench",
         "engine",
         "profiling",
         "graph",
@@ -75,7 +79,9 @@ SAME_UNIT = {
     "cli_pull": "cli",
     "cli_verify": "cli",
     "cli_session": "cli",
+    "cli_throughput": "cli",
     "__main__": "cli",
+    "ahead": "engine",
     "config_keys": "config",
     "draft_length": "engine",
     "generation": "engine",

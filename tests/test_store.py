@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from cuemu.backend import CpuBackend, missing
-from kv.flash_dims import FLASH
 from pretend_device import DEVICE, PretendDevice
 from safetensors import safe_open
 from torch import Tensor
@@ -22,6 +21,7 @@ from ds4.mtp.accept import accept
 from ds4.mtp.dspark import DSparkDrafter
 from ds4.mtp.mtp_block import MTPDrafter
 from ds4.sampling import Sampler, SamplingParams
+from ds4.weights.published import FLASH
 
 # Around the windows of 4 and 128 tokens, the ring of 136 rows, the draft ring of 144, and second times around.
 POSITIONS = (1, 4, 5, 127, 128, 131, 135, 136, 137, 144, 145, 271, 273)

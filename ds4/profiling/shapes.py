@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ds4.kernels.numerics import DEFAULT_GROUP, GROUPS
-from ds4.kernels.packing import PlaneMatrix, Planes
-from ds4.model.device_params import DeviceParams
+from ds4.kernels.packing import Planes
+from ds4.model.device_params import DeviceParams, Progress
 from ds4.model.transformer import Transformer
 from ds4.weights.checkpoint import Checkpoint
+from ds4.weights.dense_cache import Weight
 from ds4.weights.tensor import PackedTensor
 
 META = torch.device("meta")
@@ -20,20 +21,27 @@ _EXPERT = re.compile(r"(.*\.ffn\.experts\.)\d+(\.w[123]\.weight)")
 
 
 class ShapeParams(DeviceParams):
-    """``DeviceParams`` that reads no weight: planes and tables of the right shapes and types, without values.
+    """``DeviceParams`` that reads no weight: planes and tables of the right shapes and types, on torch's meta device
+    without values.
 
     Raises Ds4Error as DeviceParams does.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        super().__init__(checkpoint, META)
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device | str = META, progress: Progress | None = None
+    ) -> None:
+        super().__init__(checkpoint, device, progress)
         self._firsts: dict[str, tuple[PackedTensor, tuple[str, tuple[int, ...], int]]] = {}
 
-    def expect(self, name: str, shape: tuple[int, ...]) -> PlaneMatrix | PackedTensor | Tensor:  # type: ignore[override]
+    def expect(self, name: str, shape: tuple[int, ...]) -> Weight:
         if name.endswith(".tid2eid"):
             self.checkpoint.expect(name, shape)
-            return torch.arange(shape[1], device="cpu").expand(shape)  # the network checks its values
+            return self.table(name, shape)
         return super().expect(name, shape)
+
+    def table(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A layer's experts by token, i64 [*shape], which the network checks; here the same for all tokens."""
+        return torch.arange(shape[1], device="cpu").expand(shape)
 
     def stored(self, name: str, shape: tuple[int, ...]) -> PackedTensor:
         expert = _EXPERT.fullmatch(name)

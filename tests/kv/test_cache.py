@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flash_dims import FLASH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from ds4.kv.cache import KVCache
 from ds4.kv.ring import ring_read, ring_write
 from ds4.kv.rows import PackedKey, PackedRow
 from ds4.kv.spec import MAX_DRAFT, RowFormats
+from ds4.weights.published import FLASH
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=200)
 

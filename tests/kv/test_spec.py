@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from flash_dims import FLASH
 
 from ds4.kv.cache import KVCache
 from ds4.kv.rows import FloatRow, PackedKey, PackedRow
 from ds4.kv.spec import RowFormats, cache_bytes, layer_spec, pool_bytes_per_token
+from ds4.weights.published import FLASH
 
 PACKED = RowFormats(PackedRow(448, 64), PackedKey(128))
 WINDOW_BYTES = 43 * 128 * 584
