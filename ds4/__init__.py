@@ -6,7 +6,7 @@ for piece in LLM().generate("What is the capital of France?", SamplingParams(max
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds4.errors import Ds4Error
 
@@ -35,8 +35,8 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module 'ds4' has no attribute {name!r}")
 
 
-def load_model(path: str | None = None, **options: object) -> LLM:
+def load_model(path: str | None = None, **options: Any) -> LLM:
     """Shorthand for ``LLM(path, **options)``."""
     from ds4.engine import LLM
 
-    return LLM(path, **options)  # type: ignore[arg-type]
+    return LLM(path, **options)

@@ -93,7 +93,7 @@ def stream_answer(
                 answer.text += text
             show(kind, text)
 
-    bar = ProgressBar("reading the prompt")
+    bar = ProgressBar("reading the prompt", tokens=True)
     stream = llm.generate(
         prompt,
         options.sampling_params(),
@@ -129,7 +129,7 @@ def stream_answer(
 
 
 def statistics_lines(statistics: Statistics, since_start: float | None = None) -> list[str]:
-    """Two short lines for people; ``since_start``: seconds from the program's start to the first token, if wanted."""
+    """Two or three short lines for people; ``since_start``: seconds from the program's start to the first token."""
     s = statistics
     first = f"{s.first_token_seconds:.2f} s" if since_start is None else f"{since_start:.2f} s from the start"
     cached = f" ({s.cached_tokens} cached)" if s.cached_tokens else ""
@@ -138,8 +138,13 @@ def statistics_lines(statistics: Statistics, since_start: float | None = None) -
         f"first token after {first}",
         f"{s.generated_tokens} tokens generated, {s.tokens_per_second:.1f} tokens/s ({s.finish_reason}); "
         f"peak memory {s.peak_memory_bytes / 2**20:,.0f} MiB",
-        *([draft_line(s.draft)] if s.draft is not None else []),
+        *([draft_line(s.draft)] if s.draft is not None and _says_something(s.draft) else []),
     ]
+
+
+def _says_something(draft: DraftStatistics) -> bool:
+    """A short answer may end before anything is drafted."""
+    return draft.drafts > 0 or draft.stopped_after is not None
 
 
 def draft_line(draft: DraftStatistics) -> str:

@@ -1,4 +1,4 @@
-"""The options that ``ds4 generate`` and ``ds4 chat`` share, and the model they load."""
+"""What the commands share: options of ``ds4 generate`` and ``ds4 chat``, the model they load, output on a terminal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
     from ds4.engine import LLM
+    from ds4.fit import Fit
     from ds4.sampling import SamplingParams
+
+
+_NOTICED_BYTES = 2 << 30
 
 
 def one_line(message: str) -> str:
@@ -22,13 +29,24 @@ def one_line(message: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in message).split())
 
 
+def render(what: Table | Text) -> str:
+    """Text for this terminal's width (80 columns in a pipe), without the padding at the ends of lines."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    with console.capture() as capture:
+        console.print(what)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
 class ProgressBar:
     """A bar on standard error for work that takes its time; nothing where nobody would see it."""
 
     PATIENCE_SECONDS = 0.5
 
-    def __init__(self, what: str, *, bytes_done: bool = False) -> None:
-        self._what, self._bytes = what, bytes_done
+    def __init__(self, what: str, *, bytes_done: bool = False, tokens: bool = False) -> None:
+        """``bytes_done`` or ``tokens``: what is counted, and shown with its speed; else only the share is shown."""
+        self._what, self._bytes, self._tokens = what, bytes_done, tokens
         self._started = time.monotonic()
         self._bar: Any = None
 
@@ -38,18 +56,32 @@ class ProgressBar:
             if done >= total or not sys.stderr.isatty() or time.monotonic() - self._started < self.PATIENCE_SECONDS:
                 return
             self._open(total)
-        self._bar.update(self._task, completed=done)
+        rate = done / (time.monotonic() - self._started)
+        self._bar.update(self._task, completed=done, counted=f"{done:,}/{total:,} tokens, {rate:,.0f}/s")
         if done >= total:
             self.close()
 
     def _open(self, total: int) -> None:
         from rich.console import Console
-        from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            ProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        sizes = (DownloadColumn(), TransferSpeedColumn()) if self._bytes else ()
-        self._bar = Progress(*Progress.get_default_columns(), *sizes, console=Console(stderr=True), transient=True)
+        columns: tuple[str | ProgressColumn, ...] = Progress.get_default_columns()
+        if self._bytes:
+            columns += (DownloadColumn(), TransferSpeedColumn())
+        elif self._tokens:  # short enough for 80 columns
+            counted = TextColumn("{task.fields[counted]}")
+            columns = (TextColumn("{task.description}"), BarColumn(20), counted, TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
         self._bar.start()
-        self._task = self._bar.add_task(self._what, total=total)
+        self._task = self._bar.add_task(self._what, total=total, counted="")
 
     def close(self) -> None:
         """Take the bar away."""
@@ -227,6 +259,12 @@ class Options:
         return [] if self.system is None else [{"role": "system", "content": self.system}]
 
 
+def print_plan(plan: Fit) -> None:
+    """What will be allocated, on standard error: where that is a GPU's memory, or enough to be noticed elsewhere."""
+    if not plan.mapped or plan.total_bytes > _NOTICED_BYTES:
+        click.secho(plan.line(), err=True, dim=True)
+
+
 def load_llm(options: Options) -> LLM:
     """Open the model of ``options``; weights that go to a GPU show a progress bar."""
     from ds4.engine import LLM
@@ -241,6 +279,7 @@ def load_llm(options: Options) -> LLM:
             draft=options.draft,
             draft_model=options.draft_model,
             on_load=bar.update,
+            on_plan=print_plan,
         )
     finally:
         bar.close()

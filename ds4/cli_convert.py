@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ds4.cli_common import one_line
+from ds4.cli_common import one_line, render
 from ds4.cli_inspect import size
 
 if TYPE_CHECKING:
@@ -82,6 +80,7 @@ def _tokenizer(ckpt: Checkpoint, container: str) -> dict[str, Any]:
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, as a function of (bytes written, bytes in all)."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
@@ -107,10 +106,7 @@ def _summary(report: Report, has_tokenizer: bool) -> str:
     for name, value in rows:
         table.add_row(Text(name if name != before else "", style="bold"), Text(one_line(value)))
         before = name
-    console = Console(file=sys.stdout, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    return render(table)
 
 
 def describe_line(line: Line) -> str:

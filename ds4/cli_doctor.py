@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ds4.cli_common import one_line
+from ds4.cli_common import one_line, render
 from ds4.doctor import Report, diagnose
 
 _STYLES = {"ok": "green", "missing": "bold red", "note": "yellow"}
@@ -23,16 +21,8 @@ def doctor_command(*, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps({"ok": report.ok, "checks": [asdict(check) for check in report.checks]}))
     else:
-        click.echo(f"{_render(table(report))}\n\n{_render(Text(verdict(report)))}")
+        click.echo(f"{render(table(report))}\n\n{render(Text(verdict(report)))}")
     return 0 if report.ok else 1
-
-
-def _render(what: Table | Text) -> str:
-    """Text for this terminal's width (80 columns in a pipe), without the padding at the ends of lines."""
-    console = Console(file=sys.stdout, highlight=False)
-    with console.capture() as capture:
-        console.print(what)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def table(report: Report) -> Table:

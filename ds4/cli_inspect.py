@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ds4.cli_common import one_line
+from ds4.cli_common import one_line, render
 
 if TYPE_CHECKING:
     from ds4.weights import Checkpoint
@@ -56,23 +54,24 @@ def inspect_command(path: str, wanted: Wanted) -> int:
     else:
         parts = [summary(record), types_table(record), traffic_table(record)]
         parts += [table(record) for key, table in _EXTRA.items() if key in record]
-        click.echo("\n\n".join(_render(part) for part in parts))
+        click.echo("\n\n".join(render(part) for part in parts))
     return int(bool(record.get("verify", {}).get("defects")) or not record.get("fit", {}).get("fits", True))
 
 
 def _fit(ckpt: Checkpoint, record: dict[str, Any], wanted: Wanted) -> dict[str, Any]:
-    """The memory bill, with all of the machine's memory where none is given."""
-    from ds4.fit import fit
+    """The memory bill on a GPU, with all of the machine's memory where none is given."""
+    from ds4.fit import Planner
 
     ctx = wanted.ctx or record["context_length"]
     if ctx > record["context_length"]:
         raise click.UsageError(f"--ctx {ctx}: the model's context ends at {record['context_length']} tokens")
     memory = wanted.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return fit(ckpt.config, record["total_bytes"], ctx, memory).to_dict()
+    return Planner(ckpt, n_toks=range(1, 9) if record["draft"] else (1,)).fit(ctx, memory).to_dict()
 
 
 def _verify(ckpt: Checkpoint) -> dict[str, Any]:
     """Check the weights under a progress bar, which only a terminal sees."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ds4.weights.check import verify
@@ -85,26 +84,12 @@ def _verify(ckpt: Checkpoint) -> dict[str, Any]:
     return {**asdict(report), "defects": list(report.defects)}
 
 
-def _render(table: Table) -> str:
-    """The table for this terminal's width (80 columns in a pipe), without the padding at the ends of lines."""
-    console = Console(file=sys.stdout, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
 def size(n_bytes: float) -> str:
     """Bytes in decimal units, as disks and checkpoints are sold: 81.2 GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= scale:
             return f"{n_bytes / scale:.1f} {unit}"
     return f"{n_bytes:.0f} B"
-
-
-def binary_size(n_bytes: float) -> str:
-    """Bytes in binary units, as memories are sold: 128.0 GiB."""
-    unit, scale = ("GiB", 1 << 30) if n_bytes >= 1 << 28 else ("MiB", 1 << 20)
-    return f"{n_bytes / scale:,.1f} {unit}"
 
 
 def count(number: float) -> str:
@@ -181,11 +166,14 @@ def traffic_table(d: dict[str, Any]) -> Table:
 
 def fit_table(d: dict[str, Any]) -> Table:
     """What the model needs in memory at a context length, against what there is."""
+    from ds4.fit import binary_size
+
     fit = d["fit"]
     table = _columns(f"memory at {fit['ctx']:,} tokens", "size")
-    table.add_row("weights", binary_size(fit["weights_bytes"]))
-    table.add_row("cache and state", binary_size(fit["state_bytes"]))
-    table.add_row("allowance for buffers", binary_size(fit["allowance_bytes"]))
+    shown = {"weights": "weights", "cache": "cache and state", "steps": "workspaces of decode steps"}
+    shown |= {"graphs": "CUDA graphs", "copies": "copies for the prompt", "reserve": "reserve"}
+    for name, text in shown.items():
+        table.add_row(text, binary_size(fit[f"{name}_bytes"]))
     table.add_row("total", binary_size(fit["total_bytes"]), style="bold")
     table.add_row("memory", binary_size(fit["memory_bytes"]))
     longest = f"longest context {fit['max_ctx']:,} tokens" if fit["max_ctx"] else "no context does"

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ds4.cli_common import ProgressBar, one_line
+from ds4.cli_common import ProgressBar, one_line, render
 
 if TYPE_CHECKING:
     from ds4.one_answer import Cell, Mismatch, Report
@@ -35,16 +33,8 @@ def verify_command(model: str | None, draft_model: str | None, tokens: int, as_j
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:
-        click.echo("\n\n".join(_render(part) for part in (cells_table(report), summary(report))))
+        click.echo("\n\n".join(render(part) for part in (cells_table(report), summary(report))))
     return 1 if report.problems else 0
-
-
-def _render(what: Table | Text) -> str:
-    """Text for this terminal's width (80 columns in a pipe), without the padding at the ends of lines."""
-    console = Console(file=sys.stdout, highlight=False)
-    with console.capture() as capture:
-        console.print(what)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def cells_table(report: Report) -> Table:

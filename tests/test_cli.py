@@ -129,7 +129,8 @@ def test_bad_draft_options_are_one_line(engine, command, options, words):
 def test_what_drafting_brought_is_one_more_line():
     from ds4.speculation import DraftStatistics
 
-    d = DraftStatistics("auto", 90, 120, 100, 200, 1.0, {1: 10, 2: 90}, {1: 1.0, 2: 10.0}, 0.1)
+    counts = {"drafts": 90, "drafted": 120, "accepted": 100, "tokens": 200, "steps": {1: 10, 2: 90}}
+    d = DraftStatistics("auto", **counts, draft_seconds=1.0, seconds={1: 1.0, 2: 10.0}, plain_seconds=0.1)
     assert cli_answer.draft_line(d) == (
         "draft auto: 100 of 120 drafted tokens accepted, 2.00 tokens a step; estimated 1.67x plain decoding"
     )
@@ -138,6 +139,16 @@ def test_what_drafting_brought_is_one_more_line():
     statistics = fake_engine.Statistics(draft=d)
     assert cli_answer.statistics_lines(statistics)[2:] == [cli_answer.draft_line(d)]
     assert len(cli_answer.statistics_lines(fake_engine.Statistics())) == 2
+
+
+def test_nothing_is_said_of_drafting_where_nothing_was_drafted():
+    from ds4.speculation import DraftStatistics
+
+    short = DraftStatistics("auto", tokens=4, steps={1: 4}, seconds={1: 0.1}, plain_seconds=0.1)
+    assert len(cli_answer.statistics_lines(fake_engine.Statistics(draft=short))) == 2
+    short.stopped_after = 3
+    [*_, line] = cli_answer.statistics_lines(fake_engine.Statistics(draft=short))
+    assert line.endswith("ended after 3 tokens: it did not pay")
 
 
 def test_generate_system_message(engine):
