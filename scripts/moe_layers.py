@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds4.errors import Ds4Error
 from ds4.kernels.cases import Inputs
-from ds4.kernels.entry import Constants, Entry, constant_set
+from ds4.kernels.entry import Constants, Entry
 from ds4.kernels.moe.cases import random_planes, spread
-from ds4.kernels.moe.matrices import format_constants
-from ds4.kernels.moe.op import MOE_DOWN, MOE_UP
+from ds4.kernels.moe.op import MOE_DOWN, MOE_UP, down_constants, up_constants
 from ds4.kernels.packing import PACKINGS, Planes
 
 # Experts' name -> formats of w1 and w3, of w2, of the shared expert: the checkpoints there are, then others.
@@ -75,15 +74,14 @@ class Plan:
     def kernels(self, mixture: str) -> list[tuple[Entry, Constants]]:
         """What is launched on a mixture's layers."""
         up, down, shared = MIXTURES[mixture]
-        sizes = {"HIDDEN": self.d, "INTER": self.inter, "TOP_K": self.top_k}
-        used = (
-            (MOE_UP, ("w1", "w3", "sw1", "sw3"), (up, up, shared, shared)),
-            (MOE_DOWN, ("w2", "sw2"), (down, shared)),
-        )
+        sizes = {"hidden": self.d, "inter": self.inter, "top_k": self.top_k}
         return [
-            (operation.entries[0], constant_set(**sizes, N_TOK=n_tok, **format_constants(names, formats)))
+            one
             for n_tok in self.n_toks
-            for operation, names, formats in used
+            for one in (
+                (MOE_UP.entries[0], up_constants((up, up, shared, shared), n_tok=n_tok, **sizes)),
+                (MOE_DOWN.entries[0], down_constants((down, shared), n_tok=n_tok, **sizes)),
+            )
         ]
 
 

@@ -184,7 +184,7 @@ def case_of(operation: Operation, name: str) -> Case:
         # the neighbour's routing weight, its results, its activations
         (MOE_UP, "all experts common", "moe_up.cu", "weights[to / kSlots * TOP_K + to % kSlots]", "weights[0]"),
         (MOE_DOWN, "all experts common", "members.cuh", "lane * kSlots + rank;", "lane * kSlots;"),
-        (MOE_UP, "all experts common", "expert_rows.cuh", "from.member[min(t, from.count - 1)]", "from.member[0]"),
+        (MOE_UP, "all experts common", "expert_tiles.cuh", "from.member[t]", "from.member[0]"),
     ],
 )
 def test_wrong_merging_is_noticed(

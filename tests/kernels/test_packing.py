@@ -155,53 +155,83 @@ def test_rows_in_any_portions(packing: Packing, data: st.DataObject) -> None:
         assert (beside.view(torch.uint8) == 0xAB).all()
 
 
-def bits(plane: Tensor) -> list[int]:
-    return plane.flatten().tolist()
-
-
 def naive_q8_0(codes: Tensor, d: Tensor) -> list[float]:
     return [float(d[0, k // 32]) * int(codes[0, k]) for k in range(256)]
 
 
+def place(k: int) -> tuple[int, int, int, int]:
+    """Chunk of 128, lane, block of 32 and number among its eight of weight k."""
+    return k // 128, k % 32 // 8, k % 128 // 32, k % 8
+
+
+def word(plane: Tensor, index: int) -> int:
+    """32 bits of a plane's only row."""
+    return int(plane.contiguous().view(torch.int32)[0, index]) & 0xFFFFFFFF
+
+
+def nibble(plane: Tensor, k: int) -> int:
+    c, t, b, i = place(k)
+    return word(plane, 16 * c + 4 * t + b) >> 16 * (i % 2) + 4 * (i // 2) & 15
+
+
 def naive_q2_k(codes: Tensor, scales: Tensor, d: Tensor) -> list[float]:
-    c, s = bits(codes), bits(scales)
-    code = [c[32 * (k // 128) + k % 32] >> 2 * (k % 128 // 32) & 3 for k in range(256)]
-    return [float(d[0, 0]) * (s[k // 16] & 15) * code[k] - float(d[0, 1]) * (s[k // 16] >> 4) for k in range(256)]
+    values = []
+    for k in range(256):
+        c, t, b, i = place(k)
+        field = ((0, 1, 2, 6), (3, 4, 5, 7))[b % 2][i // 2]
+        code = word(codes, 8 * c + 2 * t + b // 2) >> 16 * (i % 2) + 2 * field & 3
+        half = k % 32 // 16
+        scale = word(scales, 2 * c) >> 8 * half + 4 * (b // 2) + 16 * (b % 2) & 15
+        minimum = word(scales, 2 * c + 1) >> 4 * b + 16 * half & 15
+        values.append(float(d[0, 0]) * scale * code - float(d[0, 1]) * minimum)
+    return values
 
 
 def naive_q4_k(codes: Tensor, scales: Tensor, d: Tensor) -> list[float]:
-    c, s = bits(codes), bits(scales)
+    s = scales.flatten().tolist()
     assert max(s) < 64
-    code = [c[32 * (k // 64) + k % 32] >> 4 * (k % 64 // 32) & 15 for k in range(256)]
-    return [float(d[0, 0]) * s[k // 32 * 2] * code[k] - float(d[0, 1]) * s[k // 32 * 2 + 1] for k in range(256)]
+    values = []
+    for k in range(256):
+        c, _, b, _ = place(k)
+        scale, minimum = s[8 * c + b], s[8 * c + 4 + b]
+        values.append(float(d[0, 0]) * scale * nibble(codes, k) - float(d[0, 1]) * minimum)
+    return values
 
 
 def naive_q6_k(low: Tensor, high: Tensor, scales: Tensor, d: Tensor) -> list[float]:
     values = []
     for k in range(256):
-        h, g, l = k // 128, k % 128 // 32, k % 32
-        nibble = int(low[0, 64 * h + 32 * (g & 1) + l]) >> (4 if g >= 2 else 0) & 15
-        code = (int(high[0, 32 * h + l]) >> 2 * g & 3) << 4 | nibble
-        values.append(float(d[0, 0]) * int(scales[0, k // 16]) * (code - 32))
+        c, t, b, i = place(k)
+        top = word(high, 8 * c + 2 * t + b // 2) >> 16 * (i % 2) + 2 * (i // 2) + 8 * (b % 2) & 3
+        values.append(float(d[0, 0]) * int(scales[0, k // 16]) * ((top << 4 | nibble(low, k)) - 32))
     return values
 
 
-def naive_iq2_xxs(numbers: Tensor, words: Tensor, d: Tensor) -> list[float]:
+def naive_iq2_xxs(codes: Tensor, d: Tensor) -> list[float]:
     magnitudes = iq2_xxs.patterns(torch.device("cpu")).view(torch.int8).view(256, 8).tolist()
     values = []
     for k in range(256):
-        word, l, j = int(words[0, k // 32]) & 0xFFFFFFFF, k % 32 // 8, k % 8
-        seven = word >> 7 * l & 127
-        minus = (seven | (seven.bit_count() & 1) << 7) >> j & 1
-        scale = float(d[0, 0]) * (0.5 + (word >> 28)) / 4
-        values.append(scale * magnitudes[int(numbers[0, k // 8])][j] * (-1 if minus else 1))
+        c, t, b, i = place(k)
+        number, circle = word(codes, 8 * c + 2 * t) >> 8 * b & 255, word(codes, 8 * c + 2 * t + 1)
+        signs = circle ^ (circle >> 4 | circle << 28)
+        sign = -1 if signs >> b + 4 * (i // 2 + i % 2 * 4) & 1 else 1
+        scale = float(d[0, 0]) * (0.5 + (word(codes, 8 * c + 2 * b + 1) >> 28)) / 4
+        values.append(scale * magnitudes[number][i] * sign)
     return values
+
+
+E2M1_PLACES = ((0, 1, 2, 9), (4, 5, 6, 13), (10, 11, 12, 19), (14, 7, 8, 15))  # of the even code of a pair
 
 
 def naive_fp4(scale_of: Callable[[int], float], block: int) -> Callable[..., list[float]]:
     def naive(codes: Tensor, scales: Tensor) -> list[float]:
-        c, s = bits(codes), bits(scales)
-        return [E2M1_VALUES[c[k // 2] >> 4 * (k % 2) & 15] * scale_of(s[k // block]) for k in range(256)]
+        s, values = scales.flatten().tolist(), []
+        for k in range(256):
+            c, t, b, i = place(k)
+            bits = word(codes, 16 * c + 4 * t + b)
+            code = sum((bits >> (p + 16 * (i % 2)) % 32 & 1) << n for n, p in enumerate(E2M1_PLACES[i // 2]))
+            values.append(E2M1_VALUES[code] * scale_of(s[k // block]))
+        return values
 
     return naive
 
@@ -246,9 +276,11 @@ def test_one_nibble_order_for_every_source() -> None:
             made.append(
                 packed(PackedTensor("w", name, (3, 512), data, parts=dict(zip(("scale",), parts, strict=False))))
             )
-        for other in made[1:]:
-            magnitude = 0x77  # a negative value that rounds to zero is code 8 in the layouts that know -0
-            assert torch.equal(other.tensors["codes"] & magnitude, made[0].tensors["codes"] & magnitude)
+        # A negative value that rounds to zero is code 8 in the layouts that know -0: signs are left out.
+        signs = sum(1 << (places[3] + 16 * odd) % 32 for places in E2M1_PLACES for odd in range(2))
+        codes = [one.tensors["codes"].view(torch.int32) & ~(signs - (1 << 32)) for one in made]
+        for i, other in enumerate(made[1:], 1):
+            assert torch.equal(codes[i], codes[0])
             assert torch.equal(other.tensors["scales"], made[0].tensors["scales"])
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from unit_data import assert_close, load_unit, seeded
 
 from ds4.kernels.cases import Inputs, bits
+from ds4.kernels.entry import KERNEL_ROOT
 from ds4.kernels.packing import PACKINGS, Planes, pack_rows, packing_of
 from ds4.kernels.packing.fp8_block import F32_SCALES
 from ds4.kernels.proj.cases import ALL, RECIPES, make_inputs, random_planes
 from ds4.kernels.proj.op import FORMATS, PROJ_IN, PROJ_OA, PROJ_OB, PROJ_Q, project, segment_inputs
+from ds4.kernels.proj.plan import THREADS, rows_plan
 from ds4.kernels.registry import Operation, run_kernels
 from ds4.weights import open_checkpoint
-from ds4.weights.formats.block_scale import e4m3_table
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).resolve().parents[2] / "ds4" / "demo" / "demo.gguf"
@@ -57,62 +58,64 @@ def test_weights_are_what_the_planes_decode_to(name: str) -> None:
     assert torch.equal(without_last_bits(torch.cat(columns).T), without_last_bits(planes.decode()))
 
 
-SOURCE = """
-#include "gemv.cuh"
-extern "C" __global__ void decode(const unsigned* words, float* ours, float* toolkit, int n) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  float four[4];
-  e4m3x4_weights(words[i], four);
-  for (int j = 0; j < 4; ++j) ours[4 * i + j] = four[j];
-  for (int j = 0; j < 2; ++j) {
-    const __half2 two = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(words[i] >> 16 * j), __NV_E4M3);
-    toolkit[4 * i + 2 * j] = __low2float(two), toolkit[4 * i + 2 * j + 1] = __high2float(two);
-  }
+@emulated
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_activation_counts_in_full(name: str) -> None:
+    """A row whose weights are zero but one, a power of two, gives the activation back bit for bit: the three parts of
+    an activation are all of it, from 2^-100 to 2^100."""
+    one = torch.zeros(16, 32)
+    one.fill_diagonal_(2.0)
+    parts = [one]
+    if name == "q8_0":
+        parts = [one.to(torch.int8), torch.ones(16, 8, dtype=torch.float16)]
+    elif name == "fp8_block":
+        parts = [one.to(torch.float8_e4m3fn).view(torch.uint8), torch.ones(1, 4)]
+    packing = PACKINGS[name]
+    planes = {p.name: part.to(p.dtype) for p, part in zip(packing.planes, parts, strict=True)}
+    x = seeded(8, 32) * torch.exp2(torch.linspace(-100, 100, 8)).unsqueeze(1)
+    assert torch.equal(bits(product(PROJ_OB, x, Planes(packing, 16, 32, planes))[0]), bits(2 * x[:, :16]))
+
+
+@emulated
+def test_not_a_number_in_fp8_counts_480() -> None:
+    planes = planes_of("fp8_block", 16, 32)
+    planes.tensors["codes"][:] = torch.tensor([0x7F, 0xFF], dtype=torch.uint8).repeat(8).unsqueeze(1)
+    planes.tensors["scales"][:] = 1.0
+    want = torch.tensor([32 * 480.0, -32 * 480.0]).repeat(8, 8)
+    assert torch.equal(product(PROJ_OB, torch.ones(8, 32), planes)[0], want)
+
+
+SHAPES = ((32, 3), (256, 1), (992, 4), (1024, 8), (1056, 2), (4096, 1), (4128, 5), (8192, 2))  # (k, n_tok)
+PLANS = """
+#include "%s"
+template <class Plan>
+__device__ int* store(int* out) {
+  out[0] = Plan::kUnitRows, out[1] = Plan::kBlocks, out[2] = Plan::kSharedBytes, out[3] = Plan::kThreads;
+  return out + 4;
 }
-extern "C" __global__ void sums(const float* x, float* y, int* indices, float* want) {
-  float v[COUNT];
-  for (int i = 0; i < COUNT; ++i) v[i] = x[32 * i + threadIdx.x];
-  y[threadIdx.x] = warp_sums(v, threadIdx.x, indices[threadIdx.x]);
-  for (int i = 0; i < COUNT; ++i) want[32 * i + threadIdx.x] = warp_sum(v[i]);
+extern "C" __global__ void plans(int* out) {
+  %s
 }
 """
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "proj_headers.cu"
-    path.write_text(SOURCE, encoding="utf-8")
-    return path
-
-
 @emulated
-def test_both_ways_of_decoding_fp8_agree(source: Path) -> None:
-    """The toolkit's conversion, an instruction from sm_89 on, and the arithmetic before it; both as torch has it."""
-    words = torch.randint(-(2**31), 2**31, (20_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
-    words[:64] = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.int32)
-    ours, toolkit = torch.zeros(words.numel(), 4), torch.ones(words.numel(), 4)
-    constants = {"COUNT": 1}
-    grid = (-(-words.numel() // 256), 1, 1)
-    call = kernel_call(source, "decode", grid, (256, 1, 1), words, ours, toolkit, words.numel(), constants=constants)
-    CpuBackend().run([call])
-    want = e4m3_table(CPU)[words.view(torch.uint8).long()].view(-1, 4)
-    assert want.isnan().any()
-    for got in (ours, toolkit):
-        assert torch.equal(got.isnan(), want.isnan())
-        assert torch.equal(bits(got.nan_to_num(500.0)), bits(want.nan_to_num(500.0)))  # -0 too
+def test_the_plan_of_a_launch_is_that_of_the_kernel(tmp_path: Path) -> None:
+    source, out = tmp_path / "plans.cu", torch.zeros(len(SHAPES), 4, dtype=torch.int32)
+    stores = "\n  ".join(f"out = store<RowsPlan<{k}, {n_tok}>>(out);" for k, n_tok in SHAPES)
+    source.write_text(PLANS % (KERNEL_ROOT / "proj" / "dense_rows.cuh", stores), encoding="utf-8")
+    CpuBackend().run([kernel_call(source, "plans", (1, 1, 1), (1, 1, 1), out)])
+    for (k, n_tok), found in zip(SHAPES, out.tolist(), strict=True):
+        plan = rows_plan(k, n_tok)
+        assert found == [plan.unit_rows, plan.per_sm, plan.shared_bytes, THREADS], (k, n_tok)
 
 
-@emulated
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 8, 12, 14, 21, 28, 31, 32])
-def test_warp_sums_are_those_of_warp_sum(source: Path, count: int) -> None:
-    x = seeded(count, 32, seed=count) * torch.exp2(seeded(count, 32) * 8)
-    y, want, indices = torch.zeros(32), torch.zeros(count, 32), torch.full((32,), -2, dtype=torch.int32)
-    block = (32, 1, 1)
-    CpuBackend().run([kernel_call(source, "sums", (1, 1, 1), block, x, y, indices, want, constants={"COUNT": count})])
-    lanes = [lane for lane in range(32) if indices[lane] >= 0]
-    assert sorted(indices[lanes].tolist()) == list(range(count))
-    assert torch.equal(bits(y[lanes]), bits(want[indices[lanes].long(), lanes]))
+def test_every_launch_fits_into_shared_memory() -> None:
+    """Of a multiprocessor with 100 KB, 1 KB of it a block's own: as many blocks at once as there should be."""
+    for k in (32, 256, 1024, 1056, 2048, 4096, 4128, 8192):
+        for n_tok in range(1, 9):
+            plan = rows_plan(k, n_tok)
+            assert plan.per_sm * (plan.shared_bytes + 1024) <= 100 * 1024, (k, n_tok)
 
 
 @emulated
@@ -170,24 +173,25 @@ def test_error_against_fp64(name: str, capsys: pytest.CaptureFixture[str]) -> No
 
 @emulated
 @pytest.mark.parametrize("n_tok", [1, 2, 3, 8])
-def test_neither_rows_per_warp_nor_other_matrices_change_a_bit(n_tok: int) -> None:
-    inputs = make_inputs(0, CPU, n_tok=n_tok, k=1056, segments=ALL)
+def test_neither_blocks_nor_other_matrices_change_a_bit(n_tok: int) -> None:
+    """The last matrix has several units, which one block takes one after the other, and several blocks at once."""
+    inputs = make_inputs(0, CPU, n_tok=n_tok, k=1056, segments=(*ALL, ("q8_0", 130)))
     want = run_kernels(PROJ_IN, inputs, CpuBackend())
-    for per_warp in (2, 4):
-        got = run_kernels(PROJ_IN, inputs | {"rows_per_warp": per_warp}, CpuBackend("plain", "warps", 1))
+    for blocks in (1, 3):
+        got = run_kernels(PROJ_IN, inputs | {"blocks": blocks}, CpuBackend("plain", "warps", 1))
         assert all(torch.equal(bits(got[name]), bits(want[name])) for name in want)
     alone: Inputs = {"x": inputs["x"], "formats": ("fp8_block",), "w0": inputs["w4"], "s0": inputs["s4"]}
     assert torch.equal(bits(run_kernels(PROJ_OB, alone, CpuBackend())["y0"]), bits(want["y4"]))
 
 
-BLOCKS = {  # by rows: of launches of 1, 2 and 8 tokens, as the head of proj.cu has them
-    4160: {1: 520, 2: 260, 8: 130},
-    2560: {1: 320, 2: 320, 8: 160},
-    1536: {1: 192, 2: 192, 8: 192},
-    40960: {1: 1280, 2: 1280, 8: 1280},
-    32768: {1: 1024, 2: 1024, 8: 1024},
-    8192: {1: 512, 2: 256, 8: 256},
-    4096: {1: 512, 2: 256, 8: 128},
+BLOCKS = {  # by rows: of launches of 1, 2 and 8 tokens on 132 multiprocessors, as the head of proj.cu has them
+    4160: {1: 260, 2: 260, 8: 130},
+    2560: {1: 160, 2: 160, 8: 80},
+    1536: {1: 96, 2: 96, 8: 48},
+    40960: {1: 264, 2: 264, 8: 132},
+    32768: {1: 264, 2: 264, 8: 132},
+    8192: {1: 264, 2: 264, 8: 132},
+    4096: {1: 256, 2: 256, 8: 128},
 }
 
 

@@ -13,7 +13,7 @@ from test_steps import NO_FLIP, Pair, copy_cache, relative
 
 from ds4.demo import bundled_model_path
 from ds4.kernels.launch import Launch
-from ds4.model.steps import StepBuilder
+from ds4.model.steps import StepBuilder, StepState
 from ds4.weights import open_checkpoint
 from ds4.weights.convert import convert
 from ds4.weights.recipes import Recipe
@@ -98,7 +98,7 @@ def test_layers_of_experts(pair: Pair) -> None:
     padded[:N_TOK] = x
     for layer, (ours, theirs) in enumerate(zip(pair.model.blocks, pair.torch_model.blocks, strict=True)):
         want = theirs.moe(padded, context)[:N_TOK]
-        builder = StepBuilder(N_TOK, CPU)
+        builder = StepBuilder(N_TOK, StepState(CPU))
         builder.tokens.copy_(torch.tensor(ids))
         got = ours.moe.step(x, builder)
         CpuBackend().run([call for part in builder.parts for call in part.calls])

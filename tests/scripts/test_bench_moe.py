@@ -26,8 +26,8 @@ from ds4.kernels.packing import PACKINGS, Planes
 
 CPU = torch.device("cpu")
 TINY = Plan(d=64, inter=32, top_k=2, layers=2, experts=6, n_toks=(1, 2), turns=3, repeats=2)
-# Rows of w1 or w3 have 32 bytes of codes and 4 of scales, which take 16; rows of w2 16 and 2, which take 16.
-UP, DOWN = 2 * 32 * (32 + 16), 64 * (16 + 16)
+# Rows of w1 or w3 have 64 codes and 4 bytes of scales, rows of w2 32 and 2: codes take 64 bytes, a chunk, scales 16.
+UP, DOWN = 2 * 32 * (64 + 16), 64 * (64 + 16)
 SHARED_UP, SHARED_DOWN = 2 * 32 * (64 + 16), 64 * (32 + 16)  # a byte a weight, and 2 or 1 scales of two
 GB = 10**9
 needs_emulation = pytest.mark.skipif(missing() is not None, reason=str(missing()))

@@ -58,21 +58,20 @@ def _random(seed: int, device: torch.device, *, n_tok: int, hidden: int, vocab: 
 def _ties(seed: int, device: torch.device, name: str) -> Inputs:
     """Small integers, whose sums are exact in any order: the largest logit several times, in rows of several blocks."""
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randint(-2, 3, (5, 64), generator=rng).float()
-    weight = torch.randint(-1, 2, (101, 64), generator=rng).float()
+    x = torch.randint(-2, 3, (5, 1024), generator=rng).float()
+    weight = torch.randint(-1, 2, (101, 1024), generator=rng).float()
     weight[70] = weight[66] = weight[33] = x[0].sign()
     weight[100] = weight[99] = x[1].sign()
     x[2] = 0  # all logits are 0
-    weight[:, 63] = 127 / 64  # the largest magnitude of each Q8_0 block, so that d = 1 / 64 and integers are exact
-    weight[:, 31] = 127 / 64
-    x[:, 63] = x[:, 31] = 0
+    weight[:, 31::32] = 127 / 64  # the largest magnitude of each Q8_0 block, so that d = 1 / 64 and integers are exact
+    x[:, 31::32] = 0
     return inputs_of(x, packed(weight, name), device)
 
 
 def _negative(seed: int, device: torch.device) -> Inputs:
     """Every logit below zero, so that a maximum that begins with zero shows; the last row, alone in its block, wins."""
-    x = torch.ones(2, 32)
-    weight = -torch.arange(33, 0, -1.0).unsqueeze(1).expand(33, 32).contiguous()
+    x = torch.ones(2, 1024)
+    weight = -torch.arange(33, 0, -1.0).unsqueeze(1).expand(33, 1024).contiguous()
     return inputs_of(x, packed(weight, "f32"), device)
 
 
@@ -97,7 +96,7 @@ def _one_nan(seed: int, device: torch.device) -> Inputs:
     weight = torch.linspace(1, 2, 33).unsqueeze(1).repeat(1, 32)
     weight[10] = torch.inf
     weight[20] = weight[32] = torch.nan
-    return inputs_of(torch.ones(2, 32), packed(weight, "f32"), device)
+    return inputs_of(torch.ones(2, 32), packed(weight, "bf16"), device)
 
 
 def _case(
@@ -115,16 +114,16 @@ def _draw(title: str, group: Group, n_tok: int, hidden: int, vocab: int, name: s
 
 def cases() -> list[Case]:
     """Smoke and edges for the emulation, decode at the dimensions of V4-Flash."""
-    smoke = [_draw(f"{name} 8 tokens", "smoke", 8, 544, 77, name) for name in FORMAT_NAMES]
+    smoke = [_draw(f"{name} 8 tokens", "smoke", 8, 544, 150, name) for name in FORMAT_NAMES]
     smoke += [_draw(f"{name} several rounds", "smoke", 2, 2080, 33, name) for name in ("bf16", "q8_0")]
     edges = [
         *(_draw(f"n={n}", "edges", n, 64, 101, "bf16") for n in (3, 5, 7)),
         _draw("vocabulary of one", "edges", 1, 32, 1, "f16"),
         _draw("one block of Q8_0 a row", "edges", 2, 32, 33, "q8_0"),
-        *(_case(f"ties {name}", "edges", partial(_ties, name=name), (5, 64, 101, name)) for name in FORMAT_NAMES),
-        _case("negative logits", "edges", _negative, (2, 32, 33, "f32")),
+        *(_case(f"ties {name}", "edges", partial(_ties, name=name), (5, 1024, 101, name)) for name in FORMAT_NAMES),
+        _case("negative logits", "edges", _negative, (2, 1024, 33, "f32")),
         _case("not finite", "edges", _not_finite, (4, 32, 33, "f32")),
-        _case("one NaN", "edges", _one_nan, (2, 32, 33, "f32")),
+        _case("one NaN", "edges", _one_nan, (2, 32, 33, "bf16")),
     ]
     decode = [
         _draw(f"{name} n={n}", "decode", n, 4096, 129280, name) for name in ("bf16", "f16", "q8_0") for n in (1, 2, 8)

@@ -4,20 +4,21 @@
 //   token[t]     = the v with the largest logit, the lowest v on ties, the first NaN where there is one
 //   status[t]    = 1 where that logit is not finite, else 0; the host may read it any time before the next launch
 //
-// Grid ceil(VOCAB / 32), block 256: a warp owns 4 rows (gemv.cuh), a block 32. Rows are read once for all N_TOK tokens, 8
-// loads of 16 bytes in flight a lane. All VOCAB rows take part: rows beyond the tokenizer's are the model's own affair, as
-// in ds4/sampling.py.
-// Argmax: (logit, row) become one integer (order.cuh), whose maximum is taken over the block in shared memory and over the
-// grid by atomicMax; the block that arrives last turns it into the results and sets it back to 0. A maximum of integers
-// does not depend on the order of arrival, and a logit's sum does not depend on N_TOK, so neither do the results.
+// Grid: as many blocks as the device takes at once, or fewer; block 256. A block takes a run of units of rows (dense_rows.cuh);
+// rows are read once for all N_TOK tokens. All VOCAB rows take part: rows beyond the tokenizer's are the model's own affair,
+// as in ds4/sampling.py.
+// Argmax: (logit, row) become one integer (order.cuh), whose maximum each thread keeps of the rows that it sees; that of the
+// block is taken in shared memory, that of the grid by atomicMax. The block that arrives last turns it into the results and
+// sets it back to 0. A maximum of integers does not depend on who takes it of what, and a logit's sum does not depend on
+// N_TOK, so neither do the results.
 // `best` and `counter` are zeroed by their owner once, at allocation.
 //
-// Bytes: the head once, VOCAB * HIDDEN * sizeof(weight): 1.06 GB in BF16, 0.56 GB in Q8_0; logits 0.5 MB a token; x from L1.
+// Bytes: the head once, VOCAB * HIDDEN * sizeof(weight): 1.06 GB in BF16, 0.56 GB in Q8_0; logits 0.5 MB a token.
 // Estimates, not measured, at 88 % of copy: BF16 5.2 ms on GB10, 0.29 ms on H200; Q8_0 2.8 ms and 0.15 ms.
-// Q8_0 costs 3 + N_TOK instructions a weight. With activations rounded to int8, dp4a would take N_TOK / 4 and one more for
-// 32 weights: nothing on GB10 (64 instructions a byte to spare), but on H200 (7 to spare) FP32 activations bind from
-// about N_TOK = 4 on. They stay FP32: the logits decide about tokens, and a rounded activation would show there first.
-#include "gemv.cuh"
+// Thread-instructions for a byte of weights, by scripts/kernel_instructions.py for sm_90a at N_TOK 1 / 2 / 8: BF16 0.6 / 1.8 /
+// 2.4, F16 2.4 / 3.6 / 3.9, Q8_0 3.0 / 4.0 / 6.1; H200 has about 7 (estimate of kernels.md b.0).
+// Activations stay FP32, in three parts: the logits decide about tokens, and a rounded activation would show there first.
+#include "../proj/dense_rows.cuh"
 #include "last_block.cuh"
 #include "order.cuh"
 
@@ -25,43 +26,32 @@
 #error "HIDDEN, VOCAB and N_TOK must be defined"
 #endif
 
-constexpr int kWarps = 8;
-constexpr int kRows = 4;
-static_assert(N_TOK >= 1 && N_TOK <= 8, "a warp takes each token's maximum, a lane each sum");
+using Plan = RowsPlan<HIDDEN, N_TOK>;
+static_assert(N_TOK >= 1 && N_TOK <= 8, "a warp takes each token's maximum");
 
 template <class Matrix>
-__device__ __forceinline__ void lm_head(const Matrix& matrix, const float* __restrict__ x, float* __restrict__ logits,
-                                        unsigned long long* best, unsigned* counter, int* __restrict__ token,
-                                        float* __restrict__ top, int* __restrict__ status) {
-  __shared__ unsigned long long of_lane[kWarps][32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = (blockIdx.x * kWarps + warp) * kRows;
-  unsigned long long mine = 0;
-  if (first < VOCAB) {
-    // Q8_0 at 8 tokens has 32 sums and 16 weights a load to keep: two loads a row would spill, and it is not memory-bound.
-    constexpr int kFlight = Matrix::kCount > 8 && N_TOK > 4 ? 1 : 2;
-    float acc[kRows][N_TOK];
-    gemv_rows<HIDDEN, kRows, N_TOK, kFlight>(matrix, first, VOCAB, x, lane, acc);
-    float logit = 0.f;  // lane r * N_TOK + t has that of row r, token t
+__device__ __forceinline__ void lm_head(const PlanePointers& planes, const float* x, unsigned char* memory,
+                                        float* __restrict__ logits, unsigned long long* best, unsigned* counter,
+                                        int* __restrict__ token, float* __restrict__ top, int* __restrict__ status) {
+  constexpr int kResults = Plan::kPhaseRows * N_TOK, kMine = (kResults + Plan::kThreads - 1) / Plan::kThreads;
+  __shared__ unsigned long long of_block[N_TOK];
+  if (threadIdx.x < N_TOK) of_block[threadIdx.x] = 0ull;
+  unsigned long long mine[kMine] = {};  // a thread sees one token in all its i-th calls
+  const long long block = blockIdx.x;
+  constexpr int kUnits = units_of<Plan>(VOCAB, 1);
+  DenseRows<Plan> rows(x, memory);
+  rows.run(Matrix(planes), {VOCAB, 1}, static_cast<int>(block * kUnits / gridDim.x),
+           static_cast<int>((block + 1) * kUnits / gridDim.x), [&](int i, int row, int t, float logit) {
+             logits[static_cast<size_t>(t) * VOCAB + row] = logit;
+             mine[i] = max(mine[i], ranked(order_key(logit), row));
+           });
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int t = 0; t < N_TOK; ++t) {
-        if (lane == r * N_TOK + t) logit = acc[r][t];
-      }
-    }
-    const int row = first + lane / N_TOK;
-    if (lane < kRows * N_TOK && row < VOCAB) {
-      logits[static_cast<size_t>(lane % N_TOK) * VOCAB + row] = logit;
-      mine = ranked(order_key(logit), row);
-    }
+  for (int i = 0; i < kMine; ++i) {
+    const int t = (threadIdx.x + i * Plan::kThreads) / Plan::kPhaseRows;
+    if (mine[i] != 0) atomicMax(of_block + t, mine[i]);
   }
-  of_lane[warp][lane] = mine;
   __syncthreads();
-  if (warp < N_TOK) {  // token `warp`: 8 warps times 4 rows, one a lane
-    const unsigned long long highest = warp_highest(of_lane[lane / kRows][lane % kRows * N_TOK + warp]);
-    if (lane == 0) atomicMax(best + warp, highest);
-  }
+  if (threadIdx.x < N_TOK) atomicMax(best + threadIdx.x, of_block[threadIdx.x]);
   if (!last_block(counter, gridDim.x) || threadIdx.x >= N_TOK) return;
   const int t = threadIdx.x;
   const unsigned long long highest = atomicExch(best + t, 0ull);
@@ -71,18 +61,26 @@ __device__ __forceinline__ void lm_head(const Matrix& matrix, const float* __res
 }
 
 // x f32 [N_TOK, HIDDEN], values [VOCAB, HIDDEN]; logits f32 [N_TOK, VOCAB], token i32, top f32, status i32 [N_TOK] OUT;
-// workspaces best u64 [8] and counter u32 [4].
-extern "C" __global__ void __launch_bounds__(256) lm_head_f32(const float* x, const float* values, float* logits, unsigned long long* best, unsigned* counter, int* token, float* top, int* status) {
-  lm_head(PlainMatrix<float, HIDDEN>{values}, x, logits, best, counter, token, top, status);
+// workspaces best u64 [8] and counter u32 [4]. Dynamic shared memory: Plan::kSharedBytes.
+extern "C" __global__ void __launch_bounds__(256, Plan::kBlocks) lm_head_f32(const float* x, const float* values, float* logits, unsigned long long* best, unsigned* counter, int* token, float* top, int* status) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const PlanePointers planes{{reinterpret_cast<const unsigned char*>(values), nullptr, nullptr, nullptr}};
+  lm_head<F32Tile<HIDDEN>>(planes, x, memory, logits, best, counter, token, top, status);
 }
-extern "C" __global__ void __launch_bounds__(256) lm_head_f16(const float* x, const __half* values, float* logits, unsigned long long* best, unsigned* counter, int* token, float* top, int* status) {
-  lm_head(PlainMatrix<__half, HIDDEN>{values}, x, logits, best, counter, token, top, status);
+extern "C" __global__ void __launch_bounds__(256, Plan::kBlocks) lm_head_f16(const float* x, const __half* values, float* logits, unsigned long long* best, unsigned* counter, int* token, float* top, int* status) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const PlanePointers planes{{reinterpret_cast<const unsigned char*>(values), nullptr, nullptr, nullptr}};
+  lm_head<F16Tile<HIDDEN>>(planes, x, memory, logits, best, counter, token, top, status);
 }
-extern "C" __global__ void __launch_bounds__(256) lm_head_bf16(const float* x, const __nv_bfloat16* values, float* logits, unsigned long long* best, unsigned* counter, int* token, float* top, int* status) {
-  lm_head(PlainMatrix<__nv_bfloat16, HIDDEN>{values}, x, logits, best, counter, token, top, status);
+extern "C" __global__ void __launch_bounds__(256, Plan::kBlocks) lm_head_bf16(const float* x, const __nv_bfloat16* values, float* logits, unsigned long long* best, unsigned* counter, int* token, float* top, int* status) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const PlanePointers planes{{reinterpret_cast<const unsigned char*>(values), nullptr, nullptr, nullptr}};
+  lm_head<Bf16Tile<HIDDEN>>(planes, x, memory, logits, best, counter, token, top, status);
 }
 
 // The same, with the planes of Q8_0: codes i8 [VOCAB, HIDDEN], d f16 [VOCAB, HIDDEN / 32 padded to 8].
-extern "C" __global__ void __launch_bounds__(256) lm_head_q8_0(const float* x, const signed char* codes, const __half* d, float* logits, unsigned long long* best, unsigned* counter, int* token, float* top, int* status) {
-  lm_head(Q8Matrix<HIDDEN>{codes, d}, x, logits, best, counter, token, top, status);
+extern "C" __global__ void __launch_bounds__(256, Plan::kBlocks) lm_head_q8_0(const float* x, const signed char* codes, const __half* d, float* logits, unsigned long long* best, unsigned* counter, int* token, float* top, int* status) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  const PlanePointers planes{{reinterpret_cast<const unsigned char*>(codes), reinterpret_cast<const unsigned char*>(d), nullptr, nullptr}};
+  lm_head<Q8Tile<HIDDEN>>(planes, x, memory, logits, best, counter, token, top, status);
 }

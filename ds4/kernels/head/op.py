@@ -12,11 +12,12 @@ from ds4.kernels.head.cases import cases
 from ds4.kernels.head.hc_head_op import HC_HEAD, hc_head
 from ds4.kernels.head.sample_op import SAMPLE, sample, sample_params
 from ds4.kernels.packing import PACKINGS, Planes
+from ds4.kernels.packing.arguments import plane_params, planes_among
+from ds4.kernels.proj.plan import THREADS, n_blocks, rows_plan
 from ds4.kernels.registry import Operation, register, run
 
 __all__ = ["HC_HEAD", "LM_HEAD", "SAMPLE", "hc_head", "lm_head", "sample", "sample_params"]
 
-_ROWS_PER_BLOCK = 32  # lm_head.cu: kWarps * kRows
 _RESULTS = (
     ("logits", "f32*"),
     ("best", "u64*"),
@@ -25,18 +26,15 @@ _RESULTS = (
     ("top", "f32*"),
     ("status", "i32*"),
 )
-_WEIGHTS = {
-    "f32": (("values", "f32*"),),
-    "f16": (("values", "f16*"),),
-    "bf16": (("values", "bf16*"),),
-    "q8_0": (("codes", "i8*"), ("d", "f16*")),
-}
-FORMATS = tuple(_WEIGHTS)
+FORMATS = ("f32", "f16", "bf16", "q8_0")
 _ENTRIES = {
     name: Entry(
-        f"lm_head_{name}", "head/lm_head.cu", (("x", "f32*"), *weights, *_RESULTS), ("HIDDEN", "VOCAB", "N_TOK")
+        f"lm_head_{name}",
+        "head/lm_head.cu",
+        (("x", "f32*"), *plane_params(name), *_RESULTS),
+        ("HIDDEN", "VOCAB", "N_TOK"),
     )
-    for name, weights in _WEIGHTS.items()
+    for name in FORMATS
 }
 
 
@@ -55,21 +53,14 @@ def lm_head(x: Tensor, weight: Planes) -> dict[str, Tensor]:
     return run(LM_HEAD, {"x": x, "format": weight.packing.format, **weight.tensors})
 
 
-def _weights(inputs: Inputs) -> dict[str, Tensor]:
-    """The planes among the inputs. Raises ValueError for a format without a kernel."""
-    if inputs["format"] not in _WEIGHTS:
-        raise ValueError(f"lm_head: no kernel for {inputs['format']}; there are: {', '.join(_WEIGHTS)}")
-    return {name: inputs[name] for name, _ in _WEIGHTS[inputs["format"]]}
-
-
 def _reference(inputs: Inputs) -> Outputs:
-    planes, x = _weights(inputs), inputs["x"]
+    planes, x = planes_among(inputs, FORMATS, "lm_head"), inputs["x"]
     n_rows = next(iter(planes.values())).shape[0]
     return ref.lm_head(x, Planes(PACKINGS[inputs["format"]], n_rows, x.shape[1], planes).decode())
 
 
 def _outputs(inputs: Inputs) -> Outputs:
-    x, planes = inputs["x"], _weights(inputs)
+    x, planes = inputs["x"], planes_among(inputs, FORMATS, "lm_head")
     n_tok, vocab = x.shape[0], next(iter(planes.values())).shape[0]
     return {
         "logits": torch.empty(n_tok, vocab, device=x.device),
@@ -82,7 +73,7 @@ def _outputs(inputs: Inputs) -> Outputs:
 
 
 def _calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
-    x, planes = inputs["x"], _weights(inputs)
+    x, planes = inputs["x"], planes_among(inputs, FORMATS, "lm_head")
     n_tok, hidden = x.shape
     vocab = next(iter(planes.values())).shape[0]
     if not 1 <= n_tok <= 8 or hidden % 32:
@@ -93,8 +84,10 @@ def _calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
             raise ValueError(f"lm_head: plane {plane.name} is {list(planes[plane.name].shape)}, not {list(want)}")
     entry = _ENTRIES[inputs["format"]]
     constants = constant_set(HIDDEN=hidden, VOCAB=vocab, N_TOK=n_tok)
-    grid = (-(-vocab // _ROWS_PER_BLOCK), 1, 1)
-    return [KernelCall(entry, constants, grid, (256, 1, 1), 0, ArgPack(entry, {"x": x, **planes, **outputs}))]
+    plan = rows_plan(hidden, n_tok)
+    grid, block = (n_blocks(plan, -(-vocab // plan.unit_rows), x.device), 1, 1), (THREADS, 1, 1)
+    arguments = ArgPack(entry, {"x": x, **planes, **outputs})
+    return [KernelCall(entry, constants, grid, block, plan.shared_bytes, arguments, pdl=True)]
 
 
 def _flash(n_tok: int) -> Constants:

@@ -54,29 +54,6 @@ __device__ __forceinline__ void e4m3x4_to_f32(unsigned codes, float (&out)[4]) {
   for (int i = 0; i < 4; ++i) out[i] = e4m3_to_f32(codes >> 8 * i & 0xffu);
 }
 
-// Values of four codes of a checkpoint's weights, the first in the lowest bits: as above, but 0x7f and 0xff are NaN.
-// Two codes become two f16 and these FP32, all exactly. Where no instruction does it, the seven bits are put where f16
-// has its exponent and mantissa, one multiplication mends the bias, and a carry out of 0x7f makes the exponent that of
-// a NaN.
-__device__ __forceinline__ void e4m3x4_weights(unsigned codes, float (&out)[4]) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-    const int first = 2 * i, second = 2 * i + 1;
-    const __half2 pair = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes >> 16 * i), __NV_E4M3);
-#else
-    const int first = i, second = i + 2;
-    const unsigned word = i ? codes : codes << 8, magnitude = word >> 1 & 0x3f803f80u;
-    const unsigned bits = ((magnitude + 0x00800080u) & 0x40004000u) | magnitude | (word & 0x80008000u);
-    const __half2 pair = __hmul2(__halves2half2(__ushort_as_half(static_cast<unsigned short>(bits)),
-                                                __ushort_as_half(static_cast<unsigned short>(bits >> 16))),
-                                 __half2half2(__ushort_as_half(0x5c00)));  // 256
-#endif
-    out[first] = __low2float(pair);
-    out[second] = __high2float(pair);
-  }
-}
-
 // ---------------------------------------------------------------- e2m1: 0 .5 1 1.5 2 3 4 6, bit 3 is the sign
 
 // Nearest code, ties to the even code; magnitudes above 6 become 6, NaN becomes 0 with its sign.

@@ -1,52 +1,72 @@
-// IQ2_XXS in the form of block_weights.cuh: patterns of eight magnitudes and their signs. 32 weights a chunk.
+// IQ2_XXS as a format of mma_rows.cuh: patterns of eight magnitudes and their signs, as ds4/kernels/packing/iq2_xxs.py
+// has them.
+//
+// The 256 patterns are 16 bytes each, eight BF16 numbers, in shared memory; so that the eight lanes of a quarter of a
+// warp, which it serves at a time, always find theirs in different banks, the table is there eight times, lane l
+// reading copy l % 8.
 #pragma once
 
-#include "block_weights.cuh"
+#include "convert.cuh"
+#include "mma_rows.cuh"
+#include "reduce.cuh"
 
-// numbers u8 [rows, kCols / 8], words u32 [rows, kCols / 32], d f16 [rows, kCols / 256].
-//
-// Magnitudes are 8, 25 and 43, bf16 numbers of two bytes each, so that one byte permutation makes two weights out of six
-// constants. `table`, in shared memory, has its selectors: [pattern] of four 16-bit halves, half i for weights i and i + 4.
+constexpr int kPatterns = 256, kPatternCopies = 8;
+constexpr int kPatternBytes = kPatterns * kPatternCopies * 16;
+
+// The table, bf16 [256][8], to shared memory, bf16 [256][8][8]; it can be read after a barrier. All kThreads of the
+// block call it.
+template <int kThreads>
+__device__ __forceinline__ void load_patterns(const void* table, uint4* patterns) {
+#pragma unroll
+  for (int i = threadIdx.x; i < kPatterns; i += kThreads) {
+    const uint4 entry = static_cast<const uint4*>(table)[i];
+#pragma unroll
+    for (int j = 0; j < kPatternCopies; ++j) patterns[i * kPatternCopies + (i + j) % kPatternCopies] = entry;
+  }
+}
+
+// codes u32 [rows, kCols / 16]: of a chunk each lane's pattern numbers and its word of signs and scales; d f16 [rows,
+// kCols / 256].
 template <int kCols>
-struct Iq2Weights {
-  static constexpr int kCount = 32, kUnit = 8, kSub = 32;
-  static constexpr bool kScaled = true, kShifted = false, kPatterns = true;
-  static constexpr int kTokens = 4, kFewTokens = 4, kManyTokens = 2;
-  static constexpr int kCodeBytes = padded_row(kCols / 8), kWordBytes = padded_row(kCols / 8);
-  static constexpr int kDBytes = padded_row(kCols / 128);
+struct Iq2Tile {
+  static constexpr int kParts = 1, kScaleBlocks = 1;
+  static constexpr bool kMinima = false;
+  static constexpr float kFactor = 0.25f;
+  static constexpr int kCodeBytes = padded_row(kCols / 4), kDBytes = padded_row(kCols / 128);
   static_assert(kCols % 256 == 0, "rows are whole blocks");
   struct Raw {
-    unsigned numbers, word;
+    uint2 codes;
     unsigned short d;
   };
-  const unsigned char *values, *words, *d;
-  const uint2* table;
+  const unsigned char *values, *d;
+  const unsigned char* patterns;
+  unsigned copy;  // this lane's, in bytes
+  int lane_bytes;
 
-  __device__ __forceinline__ Iq2Weights(const PlanePointers& p, const uint2* patterns)
-      : values(p.plane[0]), words(p.plane[1]), d(p.plane[2]), table(patterns) {}
+  __device__ __forceinline__ Iq2Tile(const PlanePointers& p, const uint4* table)
+      : values(p.plane[0]),
+        d(p.plane[1]),
+        patterns(reinterpret_cast<const unsigned char*>(table)),
+        copy(threadIdx.x % kPatternCopies * 16),
+        lane_bytes(threadIdx.x % 4 * 8) {}
   __device__ __forceinline__ const unsigned char* codes(size_t row) const { return values + row * kCodeBytes; }
   __device__ __forceinline__ Raw load(size_t row, int chunk) const {
-    return {reinterpret_cast<const unsigned*>(codes(row))[chunk],
-            reinterpret_cast<const unsigned*>(words + row * kWordBytes)[chunk],
-            reinterpret_cast<const unsigned short*>(d + row * kDBytes)[chunk / 8]};
+    return {load_stream8(codes(row) + chunk * (kChunkCols / 4) + lane_bytes),
+            reinterpret_cast<const unsigned short*>(d + row * kDBytes)[chunk / 2]};
   }
-  __device__ __forceinline__ static int column(int chunk) { return chunk * kCount; }
-  __device__ static constexpr int offset(int unit) { return unit * kUnit; }
-  __device__ __forceinline__ void decode(const Raw& raw, int unit, float (&w)[kUnit]) const {
-    const uint2 selectors = table[raw.numbers >> 8 * unit & 255u];
-    const unsigned seven = raw.word >> 7 * unit & 127u;
-    // The eighth sign makes their number even; parity is the lowest bit of the count, higher ones are not used.
-    const unsigned signs = (seven | static_cast<unsigned>(__popc(seven)) << 7) * 0x1001u;
+  __device__ __forceinline__ void fragment(const Raw& raw, int b, unsigned (&w)[1][4]) const {
+    constexpr int kEntryShift = 7;  // 16 bytes in 8 copies
+    constexpr unsigned kEntries = 255u << kEntryShift;
+    const unsigned n = raw.codes.x;
+    const unsigned at = and_or(b == 0 ? n << kEntryShift : n >> (8 * b - kEntryShift), kEntries, copy);
+    const uint4 entry = *reinterpret_cast<const uint4*>(patterns + at);
+    const unsigned signs = raw.codes.y ^ __funnelshift_r(raw.codes.y, raw.codes.y, 4);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned selector = (i < 2 ? selectors.x : selectors.y) >> i % 2 * 16;
-      const unsigned pair = __byte_perm(0x002cc800u, 0x00424141u, selector) ^ (signs << (15 - i) & 0x80008000u);
-      const float2 both = bf16x2_to_f32(pair);
-      w[i] = both.x, w[i + 4] = both.y;
-    }
+    for (int j = 0; j < 4; ++j) w[0][j] = word_of(entry, j) ^ (signs << (15 - b - 4 * j) & 0x80008000u);
   }
-  __device__ __forceinline__ static float scale(const Raw& raw, int) {
-    return __fmul_rn(f16_to_f32(raw.d), __fmul_rn(__fadd_rn(small_to_f32(raw.word >> 28), 0.5f), 0.25f));
+  // d (s + 1/2), where lane b of the row has the s of block b. 16 + s is a float with s on top of its mantissa.
+  __device__ __forceinline__ float scale(const Raw& raw, int b) const {
+    const float s = __uint_as_float(and_or(raw.codes.y >> 9, 0x00780000u, 0x41800000u));
+    return __shfl_sync(kAllLanes, __fmul_rn(f16_to_f32(raw.d), __fsub_rn(s, 15.5f)), b, 4);
   }
-  __device__ __forceinline__ static float minimum(const Raw&, int) { return 0.f; }
 };

@@ -1,147 +1,164 @@
-// Q2_K, Q4_K and Q6_K in the form of block_weights.cuh; blocks of 256 weights, codes in the order of the file.
+// Q2_K, Q4_K and Q6_K as formats of mma_rows.cuh; planes as ds4/kernels/packing makes them, d and scales for 256
+// weights.
 //
-// Codes c of n bits of Q2_K and Q4_K become v = 1 + c / 2^n, two instructions for four of them and one more each: put
-// into the mantissa of 1. A sub-block's sum of v x, less its sum of x, is its sum of c x / 2^n; the subtraction costs 2^n
-// / c times as much rounding as summing c x would, some 3 at the codes' average. Tests see a relative RMS error of 1e-6.
+// A code q of n bits becomes BF16 by one LOP3 for two of them: in the last bits of the mantissa of 128 it is 128 + q,
+// two bits further up, in that of 32, it is 32 + q. An addition or a multiply-add, both exact, take the power away
+// again.
 #pragma once
 
-#include "block_weights.cuh"
+#include "convert.cuh"
+#include "mma_rows.cuh"
 
-// Byte i of `bytes`, whose highest bit is set, as a float from [1, 2): its other bits lead the mantissa.
-__device__ __forceinline__ float byte_above_1(unsigned bytes, int i) {
-  return __uint_as_float(__byte_perm(bytes, 0x3f000000u, 0x7044u | i << 8));
+constexpr unsigned k128 = 0x43004300u;       // twice, as the others
+constexpr unsigned kMinus128 = 0xc300c300u;
+
+// Pairs of four-bit codes, pair j in bits 4 j .. 4 j + 3 of both halves.
+__device__ __forceinline__ unsigned nibbles_above_128(unsigned codes, int j) {
+  return and_or(codes >> 4 * j, 0x000f000fu, k128);
 }
 
-// codes u8 [rows, kCols / 2]: byte 32 p + i of a block holds weight 64 p + i low, 64 p + 32 + i high. scales u8 [rows,
-// kCols / 16]: (scale, minimum) of each 32 weights; d f16 [rows, kCols / 128]: (d, dmin) of each block. A chunk is 16 bytes
-// of codes: half of a sub-block of 32 in the low nibbles, half of the next one in the high ones.
+// Q4_K. codes u8 [rows, kCols / 2]; scales u8 [rows, kCols / 16]: of a chunk those of its four blocks, then their
+// minima; d f16 [rows, kCols / 128]: (d, dmin).
 template <int kCols>
-struct Q4KWeights {
-  static constexpr int kCount = 32, kUnit = 4, kSub = 16;
-  static constexpr bool kScaled = true, kShifted = true, kPatterns = false;
-  static constexpr int kTokens = 4, kFewTokens = 3, kManyTokens = 2;
+struct Q4KTile {
+  static constexpr int kParts = 1, kScaleBlocks = 1;
+  static constexpr bool kMinima = true;
+  static constexpr float kFactor = 1.f;
   static constexpr int kCodeBytes = padded_row(kCols / 2), kScaleBytes = padded_row(kCols / 16);
   static constexpr int kDBytes = padded_row(kCols / 64);
   static_assert(kCols % 256 == 0, "rows are whole blocks");
   struct Raw {
     uint4 codes;
-    unsigned scales, d;  // two pairs (scale, minimum), one pair (d, dmin)
+    uint2 scales;
+    unsigned d;
   };
   const unsigned char *values, *scales, *d;
+  int lane_bytes;
+  unsigned ours;  // makes 128 + the minimum of this lane's block
 
-  __device__ __forceinline__ Q4KWeights(const PlanePointers& p, const uint2*)
-      : values(p.plane[0]), scales(p.plane[1]), d(p.plane[2]) {}
+  __device__ __forceinline__ explicit Q4KTile(const PlanePointers& p)
+      : values(p.plane[0]),
+        scales(p.plane[1]),
+        d(p.plane[2]),
+        lane_bytes(threadIdx.x % 4 * 16),
+        ours(0x5050u + threadIdx.x % 4 * 0x0101u) {}
   __device__ __forceinline__ const unsigned char* codes(size_t row) const { return values + row * kCodeBytes; }
   __device__ __forceinline__ Raw load(size_t row, int chunk) const {
-    return {load_stream16(codes(row) + 16 * chunk),
-            reinterpret_cast<const unsigned*>(scales + row * kScaleBytes)[chunk / 2],
-            reinterpret_cast<const unsigned*>(d + row * kDBytes)[chunk / 8]};
+    return {load_stream16(codes(row) + chunk * (kChunkCols / 2) + lane_bytes),
+            *reinterpret_cast<const uint2*>(scales + row * kScaleBytes + chunk * (kChunkCols / 16)),
+            reinterpret_cast<const unsigned*>(d + row * kDBytes)[chunk / 2]};
   }
-  __device__ __forceinline__ static int column(int chunk) { return chunk / 2 * 64 + chunk % 2 * 16; }
-  __device__ static constexpr int offset(int unit) { return unit / 4 * 32 + unit % 4 * 4; }
-  __device__ __forceinline__ static void decode(const Raw& raw, int unit, float (&w)[kUnit]) {
-    const unsigned word = word_of(raw.codes, unit % 4);
-    const unsigned bytes = ((unit < 4 ? word << 3 : word >> 1) & 0x78787878u) | 0x80808080u;
+  __device__ __forceinline__ void fragment(const Raw& raw, int b, unsigned (&w)[1][4]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = byte_above_1(bytes, i);
+    for (int j = 0; j < 4; ++j) w[0][j] = bf16x2_add(nibbles_above_128(word_of(raw.codes, b), j), kMinus128);
   }
-  __device__ __forceinline__ static float scale(const Raw& raw, int s) {
-    return __fmul_rn(__fmul_rn(f16_to_f32(raw.d & 0xffffu), 16.f), small_to_f32(raw.scales >> 16 * s & 0xffu));
+  __device__ __forceinline__ float scale(const Raw& raw, int b) const {
+    // d (2^23 + scale) - d 2^23, all exact
+    const float factor = f16_to_f32(raw.d & 0xffffu);
+    const float above = __uint_as_float(__byte_perm(raw.scales.x, 0x4b000000u, 0x7440 + b));
+    return fmaf(factor, above, __fmul_rn(factor, -8388608.f));
   }
-  __device__ __forceinline__ static float minimum(const Raw& raw, int s) {
-    return __fmul_rn(f16_to_f32(raw.d >> 16), small_to_f32(raw.scales >> (16 * s + 8) & 0xffu));
+  __device__ __forceinline__ unsigned minima(const Raw& raw) const {
+    return bf16x2_add(__byte_perm(raw.scales.y, k128, ours), kMinus128);
   }
+  __device__ __forceinline__ float minimum_scale(const Raw& raw) const { return f16_to_f32(raw.d >> 16); }
 };
 
-// codes u8 [rows, kCols / 4]: byte 32 h + l of a block holds weights 128 h + 32 g + l in bits 2 g and 2 g + 1. scales u8
-// [rows, kCols / 16]: scale of each 16 weights low, minimum high; d as above. A chunk is 16 bytes of codes: sub-block g is
-// all bits 2 g and 2 g + 1.
+// Q2_K. codes u8 [rows, kCols / 4], 32 bytes a chunk: a lane's of blocks 0 and 1 in a word, those of 2 and 3 in the
+// next. scales u8 [rows, kCols / 16]: of a chunk a word of scales and one of minima, four bits each, for halves of
+// blocks; d as in Q4_K. A scale multiplies its codes: a product has six bits.
 template <int kCols>
-struct Q2KWeights {
-  static constexpr int kCount = 64, kUnit = 4, kSub = 16;
-  static constexpr bool kScaled = true, kShifted = true, kPatterns = false;
-  static constexpr int kTokens = 2, kFewTokens = 3, kManyTokens = 2;
+struct Q2KTile {
+  static constexpr int kParts = 1, kScaleBlocks = kChunkBlocks;
+  static constexpr bool kMinima = true;
+  static constexpr float kFactor = 1.f;
   static constexpr int kCodeBytes = padded_row(kCols / 4), kScaleBytes = padded_row(kCols / 16);
   static constexpr int kDBytes = padded_row(kCols / 64);
   static_assert(kCols % 256 == 0, "rows are whole blocks");
   struct Raw {
-    uint4 codes;
-    uint2 scales;  // those of 128 weights; ours are its even or its odd bytes
+    uint2 codes, scales;
     unsigned d;
   };
   const unsigned char *values, *scales, *d;
-  const int shift;  // of the scales: 8 for odd chunks, which are those of odd lanes
+  int lane_bytes, half_shift, lane_shift;  // of scales and of minima
 
-  __device__ __forceinline__ Q2KWeights(const PlanePointers& p, const uint2*)
-      : values(p.plane[0]), scales(p.plane[1]), d(p.plane[2]), shift(static_cast<int>(threadIdx.x) % 2 * 8) {}
+  __device__ __forceinline__ explicit Q2KTile(const PlanePointers& p)
+      : values(p.plane[0]),
+        scales(p.plane[1]),
+        d(p.plane[2]),
+        lane_bytes(threadIdx.x % 4 * 8),
+        half_shift(threadIdx.x % 4 / 2 * 8),
+        lane_shift(threadIdx.x % 4 * 4) {}
   __device__ __forceinline__ const unsigned char* codes(size_t row) const { return values + row * kCodeBytes; }
   __device__ __forceinline__ Raw load(size_t row, int chunk) const {
-    return {load_stream16(codes(row) + 16 * chunk),
-            reinterpret_cast<const uint2*>(scales + row * kScaleBytes)[chunk / 2],
-            reinterpret_cast<const unsigned*>(d + row * kDBytes)[chunk / 4]};
+    return {load_stream8(codes(row) + chunk * (kChunkCols / 4) + lane_bytes),
+            *reinterpret_cast<const uint2*>(scales + row * kScaleBytes + chunk * (kChunkCols / 16)),
+            reinterpret_cast<const unsigned*>(d + row * kDBytes)[chunk / 2]};
   }
-  __device__ __forceinline__ static int column(int chunk) { return chunk / 2 * 128 + chunk % 2 * 16; }
-  __device__ static constexpr int offset(int unit) { return unit / 4 * 32 + unit % 4 * 4; }
-  __device__ __forceinline__ static void decode(const Raw& raw, int unit, float (&w)[kUnit]) {
-    const unsigned word = word_of(raw.codes, unit % 4);
-    const int g = unit / 4;
-    const unsigned moved = g == 0 ? word << 5 : g == 1 ? word << 3 : g == 2 ? word << 1 : word >> 1;
-    const unsigned bytes = (moved & 0x60606060u) | 0x80808080u;
+  __device__ __forceinline__ void fragment(const Raw& raw, int b, unsigned (&w)[1][4]) const {
+    const unsigned two = bf16x2_add(nibbles_above_128(raw.scales.x >> half_shift, b / 2), kMinus128);
+    const unsigned factor = __byte_perm(two, 0u, b % 2 == 0 ? 0x1010 : 0x3232);
+    // A pair's field, 0 .. 2, and the shift that brings it there: to 128 + q, 32 + q or 8 + q.
+    const unsigned word = b < 2 ? raw.codes.x : raw.codes.y;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = byte_above_1(bytes, i);
+    for (int j = 0; j < 4; ++j) {
+      const int field = j < 3 ? j : b % 2, shift = j == 3 ? 12 : b % 2 * 6;
+      const unsigned above = and_or(word >> shift, 0x00030003u << 2 * field, k128 - 0x01000100u * field);
+      w[0][j] = bf16x2_fma(above, factor, bf16x2_mul(factor, kMinus128 - 0x01000100u * field));
+    }
   }
-  __device__ __forceinline__ unsigned fields(const Raw& raw, int s) const {
-    return (s < 2 ? raw.scales.x : raw.scales.y) >> (shift + s % 2 * 16);
+  __device__ __forceinline__ float scale(const Raw& raw, int) const { return f16_to_f32(raw.d & 0xffffu); }
+  __device__ __forceinline__ unsigned minima(const Raw& raw) const {
+    return bf16x2_add(nibbles_above_128(raw.scales.y >> lane_shift, 0), kMinus128);
   }
-  __device__ __forceinline__ float scale(const Raw& raw, int s) const {
-    return __fmul_rn(__fmul_rn(f16_to_f32(raw.d & 0xffffu), 4.f), small_to_f32(fields(raw, s) & 15u));
-  }
-  __device__ __forceinline__ float minimum(const Raw& raw, int s) const {
-    return __fmul_rn(f16_to_f32(raw.d >> 16), small_to_f32(fields(raw, s) >> 4 & 15u));
-  }
+  __device__ __forceinline__ float minimum_scale(const Raw& raw) const { return f16_to_f32(raw.d >> 16); }
 };
 
-// low u8 [rows, kCols / 2], high u8 [rows, kCols / 4], scales i8 [rows, kCols / 16], d f16 [rows, kCols / 256]. Weight 128 h
-// + 32 g + l of a block has its low four bits in byte 64 h + 32 (g & 1) + l of low, in the low nibble for g < 2, its high
-// two in byte 32 h + l of high, from bit 2 g on. A chunk is 16 bytes of low: two sub-blocks, 64 weights apart.
+// Q6_K. low u8 [rows, kCols / 2], high u8 [rows, kCols / 4], scales i8 [rows, kCols / 16], d f16 [rows, kCols / 256]. A
+// scale times a code has too many bits for BF16: the scale is 16 a + b, a and b from -8 to 8, and a weight the sum of
+// two parts, whose products with code - 32 are at most 256.
 template <int kCols>
-struct Q6KWeights {
-  static constexpr int kCount = 32, kUnit = 4, kSub = 16;
-  static constexpr bool kScaled = true, kShifted = false, kPatterns = false;
-  static constexpr int kTokens = 4, kFewTokens = 2, kManyTokens = 2;
+struct Q6KTile {
+  static constexpr int kParts = 2, kScaleBlocks = kChunkBlocks;
+  static constexpr bool kMinima = false;
+  static constexpr float kFactor = 1.f;
   static constexpr int kCodeBytes = padded_row(kCols / 2), kHighBytes = padded_row(kCols / 4);
   static constexpr int kScaleBytes = padded_row(kCols / 16), kDBytes = padded_row(kCols / 128);
   static_assert(kCols % 256 == 0, "rows are whole blocks");
   struct Raw {
-    uint4 low, high;
-    signed char scale[2];
+    uint4 low;
+    uint2 high, scales;
     unsigned short d;
-    int shift;  // of the high bits: 0 or 2
   };
   const unsigned char *values, *high, *scales, *d;
+  int lane;  // 0 .. 3 of a row
 
-  __device__ __forceinline__ Q6KWeights(const PlanePointers& p, const uint2*)
-      : values(p.plane[0]), high(p.plane[1]), scales(p.plane[2]), d(p.plane[3]) {}
+  __device__ __forceinline__ explicit Q6KTile(const PlanePointers& p)
+      : values(p.plane[0]), high(p.plane[1]), scales(p.plane[2]), d(p.plane[3]), lane(threadIdx.x % 4) {}
   __device__ __forceinline__ const unsigned char* codes(size_t row) const { return values + row * kCodeBytes; }
   __device__ __forceinline__ Raw load(size_t row, int chunk) const {
-    const int half = chunk / 4, part = chunk % 4;  // part: g & 1 and l / 16
-    const signed char* s = reinterpret_cast<const signed char*>(scales + row * kScaleBytes) + 8 * half + part;
-    return {load_stream16(codes(row) + 16 * chunk),
-            *reinterpret_cast<const uint4*>(high + row * kHighBytes + 32 * half + part % 2 * 16),
-            {s[0], s[4]},
-            reinterpret_cast<const unsigned short*>(d + row * kDBytes)[chunk / 8],
-            part / 2 * 2};
+    return {load_stream16(codes(row) + chunk * (kChunkCols / 2) + 16 * lane),
+            load_stream8(high + row * kHighBytes + chunk * (kChunkCols / 4) + 8 * lane),
+            *reinterpret_cast<const uint2*>(scales + row * kScaleBytes + chunk * (kChunkCols / 16)),
+            reinterpret_cast<const unsigned short*>(d + row * kDBytes)[chunk / 2]};
   }
-  __device__ __forceinline__ static int column(int chunk) { return chunk / 4 * 128 + chunk % 4 * 16; }
-  __device__ static constexpr int offset(int unit) { return unit / 4 * 64 + unit % 4 * 4; }
-  __device__ __forceinline__ static void decode(const Raw& raw, int unit, float (&w)[kUnit]) {
-    const unsigned low = word_of(raw.low, unit % 4) >> unit / 4 * 4 & 0x0f0f0f0fu;
-    const unsigned high = word_of(raw.high, unit % 4) >> (raw.shift + unit / 4 * 4) << 4 & 0x30303030u;
+  __device__ __forceinline__ void fragment(const Raw& raw, int b, unsigned (&w)[2][4]) const {
+    constexpr unsigned kMinus136 = 0xc308c308u, kMinus160 = 0xc320c320u, k16 = 0x41804180u;
+    // Byte 2 b + lane / 2, plus 128 + 8: 16 (a + 8) + b + 8.
+    const unsigned byte = ((b < 2 ? raw.scales.x : raw.scales.y) >> (b % 2 * 16 + lane / 2 * 8) & 0xffu) ^ 0x80u;
+    const unsigned twice = (byte + 8u) * 0x00010001u;
+    const unsigned a = bf16x2_mul(bf16x2_add(and_or(twice >> 4, 0x001f001fu, k128), kMinus136), k16);
+    const unsigned rest = bf16x2_add(nibbles_above_128(twice, 0), kMinus136);
+    const unsigned high = b < 2 ? raw.high.x : raw.high.y;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = __fsub_rn(byte_above_2_23(low | high, i), 8388640.f);
+    for (int j = 0; j < 4; ++j) {
+      const int bit = 2 * (j + b % 2 * 4);
+      const unsigned top = bit < 4 ? high << (4 - bit) : high >> (bit - 4);
+      const unsigned above = and_or(top, 0x00300030u, nibbles_above_128(word_of(raw.low, b), j));
+      const unsigned code = bf16x2_add(above, kMinus160);
+      w[0][j] = bf16x2_mul(code, a);
+      w[1][j] = bf16x2_mul(code, rest);
+    }
   }
-  __device__ __forceinline__ static float scale(const Raw& raw, int s) {
-    return __fmul_rn(f16_to_f32(raw.d), static_cast<float>(raw.scale[s]));
-  }
-  __device__ __forceinline__ static float minimum(const Raw&, int) { return 0.f; }
+  __device__ __forceinline__ float scale(const Raw& raw, int) const { return f16_to_f32(raw.d); }
 };

@@ -128,6 +128,15 @@ __device__ __forceinline__ void pdl_launch() {
 #endif
 }
 
+// ---------------------------------------------------------------- bits
+
+// a & mask | other in one instruction, also where mask and other are constants, for which the compiler takes two.
+__device__ __forceinline__ unsigned and_or(unsigned a, unsigned mask, unsigned other) {
+  unsigned d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(other));
+  return d;
+}
+
 // ---------------------------------------------------------------- global memory
 
 // 16 bytes that nobody writes during the launch and that are read once: kept out of L1. `p` is a multiple of 16.
@@ -136,6 +145,13 @@ __device__ __forceinline__ uint4 load_stream16(const void* p) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
+  return v;
+}
+
+// The same of 8 bytes.
+__device__ __forceinline__ uint2 load_stream8(const void* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
   return v;
 }
 

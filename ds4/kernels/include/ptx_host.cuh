@@ -147,7 +147,10 @@ inline void named_barrier_arrive(int id, int n_threads) {
 inline void pdl_wait() { cuemu::cuemu_wait_predecessor(); }
 inline void pdl_launch() {}
 
+inline unsigned and_or(unsigned a, unsigned mask, unsigned other) { return (a & mask) | other; }
+
 inline uint4 load_stream16(const void* p) { return cuemu::load(static_cast<const uint4*>(p)); }
+inline uint2 load_stream8(const void* p) { return cuemu::load(static_cast<const uint2*>(p)); }
 template <class T>
 void expect_aligned(const T* p) {
   cuemu::check_aligned(p, "misaligned vector access");

@@ -13,10 +13,11 @@ from ds4.kernels.cases import Case, Close, Compare, Group, Inputs
 from ds4.kernels.packing import PACKINGS
 from ds4.kernels.packing.planes import Plane
 
-# Weights are scaled for dot products of spread 1. Both sides round sums of at most 4096 products: partial sums of
-# magnitude below 4, each addition off by 2^-23 at most, some hundred of them one after another and adding up as random
-# steps, then a factor of 3 for formats of kquant_weights.cuh: 3 * sqrt(128) * 4 * 2^-24 = 8e-6. The product of gate, up
-# and weight multiplies that by values of a few units, which the relative part takes.
+# Weights are scaled for dot products of spread 1. Tensor cores cut sums off: of a chunk of 128 columns of 4096, a sum
+# of spread 0.18, in 8 steps by 2^-23 of it at most, all towards zero. If all 32 chunks were off by two such spreads
+# and none the other way, that would be 8 * 32 * 2^-23 * 0.36 = 1.1e-5; additions of slices and parts, and the
+# reference's, are rounded and add less. The product of gate, up and weight multiplies that by values of a few units,
+# which the relative part takes.
 _MID = Close(1.5e-5, 1.5e-5, "FP32 dot products summed in another order, then SwiGLU")
 _Y = Close(3e-5, 1.5e-5, "FP32 dot products summed in another order, of several experts")
 UP_COMPARE: dict[str, Compare] = {"mid": _MID}
@@ -246,6 +247,7 @@ def up_cases() -> list[Case]:
         _up("every expert", "edges", small(3, *nvfp4, n=3, top_k=3)),
         _up("an expert twice", "edges", small(4, *nvfp4, n=3, top_k=3), _repeated),
         _up("two tiles of columns", "edges", small(8, "nvfp4", "q8_0", "bf16", "f32", d=1312, inter=16, n=3)),
+        _up("rows of 4096", "edges", small(2, "q2_k", "iq2_xxs", "q6_k", "mxfp4", d=4096, inter=16, n=2, top_k=1)),
         _up("weights of zero", "edges", small(2, *nvfp4), _zero_weights),
         _up("clamps", "edges", small(2, *nvfp4), _small_limit),
         _up("no multipliers", "edges", small(2, *nvfp4), _no_scales),
@@ -285,6 +287,7 @@ def down_cases() -> list[Case]:
         _down("every expert", "edges", small(3, *nvfp4, n=3, top_k=3)),
         _down("an expert twice", "edges", small(4, *nvfp4, n=3, top_k=3), _repeated),
         _down("odd sizes", "edges", small(8, "nvfp4", "q8_0", d=48, inter=1056, n=3)),
+        _down("rows of 4096", "edges", small(2, "q4_k", "fp8_block", d=128, inter=4096, n=2, top_k=1)),
         _down("no multipliers", "edges", small(2, *nvfp4), _no_scales),
         _down("extreme scales", "edges", small(2, "mxfp4", "iq2_xxs"), _extreme_scales),
         _down("150 experts", "edges", small(1, *nvfp4, d=16, n=150, top_k=6)),

@@ -11,22 +11,22 @@ from ds4.kernels.cases import Inputs
 from ds4.kernels.packing import PACKINGS, Packing, Planes
 from ds4.weights.formats.iq2_xxs import patterns
 
-# Format -> its template in ds4/kernels/include; layouts of one format have the same planes.
+# Format -> its struct in ds4/kernels/include; layouts of one format have the same planes.
 TEMPLATES = {
-    "f32": "F32Weights",
-    "f16": "F16Weights",
-    "bf16": "Bf16Weights",
-    "q8_0": "Q8Weights",
-    "fp8_block": "Fp8Weights",
-    "nvfp4": "Nvfp4Weights",
-    "nvfp4_modelopt": "Nvfp4Weights",
-    "nvfp4_sleepy": "Nvfp4Weights",
-    "mxfp4": "Mxfp4Weights",
-    "mxfp4_official": "Mxfp4Weights",
-    "q2_k": "Q2KWeights",
-    "q4_k": "Q4KWeights",
-    "q6_k": "Q6KWeights",
-    "iq2_xxs": "Iq2Weights",
+    "f32": "F32Tile",
+    "f16": "F16Tile",
+    "bf16": "Bf16Tile",
+    "q8_0": "Q8Tile",
+    "fp8_block": "Fp8Tile",
+    "nvfp4": "Nvfp4Tile",
+    "nvfp4_modelopt": "Nvfp4Tile",
+    "nvfp4_sleepy": "Nvfp4Tile",
+    "mxfp4": "Mxfp4Tile",
+    "mxfp4_official": "Mxfp4Tile",
+    "q2_k": "Q2KTile",
+    "q4_k": "Q4KTile",
+    "q6_k": "Q6KTile",
+    "iq2_xxs": "Iq2Tile",
 }
 FORMATS = tuple(TEMPLATES)
 N_PLANES = 4  # of a matrix in the kernels' parameters; formats with fewer leave the last ones out
@@ -77,7 +77,7 @@ def plane_arguments(inputs: Inputs, name: str, n_rows: int, n_cols: int) -> dict
 
 
 def format_constants(names: tuple[str, ...], formats: tuple[str, ...]) -> dict[str, str]:
-    """The kernels' constants that say which templates the matrices have."""
+    """The kernels' constants that say which structs the matrices have."""
     return {constant_of(name): TEMPLATES[fmt] for name, fmt in zip(names, formats, strict=True)}
 
 
@@ -98,14 +98,9 @@ def pattern_argument(inputs: Inputs, names: tuple[str, ...], device: torch.devic
 
 @functools.cache
 def pattern_table(device: torch.device) -> Tensor:
-    """i64 [256], as iq2_weights.cuh wants it: for each pattern four 16-bit selectors of a byte permutation, for weights
-    i and i + 4 each: of a weight's two bytes the lower one is number 0, 1 or 2 of the constants for magnitude 8, 25 or
-    43, the upper one four further on."""
-    magnitudes = patterns(torch.device("cpu")).view(torch.int8).view(256, 8).to(torch.int64)
-    index = (magnitudes > 8).long() + (magnitudes > 25)
-    byte = index | (index + 4) << 4
-    half = byte[:, :4] | byte[:, 4:] << 8
-    return (half << torch.tensor([0, 16, 32, 48])).sum(1).to(device)
+    """i64 [512]: the magnitudes of each pattern as bf16 [256, 8], which iq2_weights.cuh wants."""
+    magnitudes = patterns(torch.device("cpu")).view(torch.int8).view(256, 8).to(torch.bfloat16)
+    return magnitudes.view(torch.int64).flatten().to(device)
 
 
 def _packing(inputs: Inputs, name: str) -> Packing:

@@ -2,14 +2,14 @@
 // expert are served together, by the block of the first of them, so that its weights are read from memory once.
 #pragma once
 
-#include "expert_rows.cuh"
+#include "expert_tiles.cuh"
 
 constexpr int kSlots = TOP_K + 1;  // of a token: its routed experts by rank, then the shared one
 
-// Results go to token * kSlots + slot. member i32 [N_TOK], in shared memory, gets those of all tokens with the expert of
-// `pair` (token * TOP_K + rank), by rising token; returns their number, or 0 where the block of an earlier token serves
-// them. A token that has an expert several times counts once for each: its n-th goes with the n-th of other tokens.
-// Every thread calls it; member can be read after a barrier.
+// Results go to token * kSlots + slot. member i32 [N_TOK + 1], in shared memory, gets those of all tokens with the
+// expert of `pair` (token * TOP_K + rank), by rising token, and at its end the expert; returns their number, or 0 where
+// the block of an earlier token serves them. A token that has an expert several times counts once for each: its n-th
+// goes with the n-th of other tokens. Every thread calls it; member can be read after a barrier.
 __device__ __forceinline__ int find_members(const int* ids, int pair, int* member) {
   const int lane = threadIdx.x % 32, token = pair / TOP_K, expert = ids[pair];
   int earlier = 0;  // ranks of this token with the same expert
@@ -24,6 +24,7 @@ __device__ __forceinline__ int find_members(const int* ids, int pair, int* membe
   }
   const unsigned tokens = __ballot_sync(kAllLanes, rank >= 0);
   if (tokens & ((1u << token) - 1u)) return 0;
+  if (threadIdx.x == 0) member[N_TOK] = expert;
   if (threadIdx.x < 32 && rank >= 0) member[__popc(tokens & ((1u << lane) - 1u))] = lane * kSlots + rank;
   return __popc(tokens);
 }
@@ -34,53 +35,35 @@ __device__ __forceinline__ int all_tokens(int* member) {
   return N_TOK;
 }
 
-// Calls step.run<n>(first, count) for members first .. first + count - 1 of `total`, count at most n, until all are served:
-// n is 1, 2 or kMost; kMost only where kAll says that `total` is N_TOK in every launch. A token's sums do not depend on n.
-// A pass decodes a weight once for its members; further passes read the weights again, from L2. Passes of 8 spill, and
-// would save little: reading the activations of 8 from shared memory takes as long as decoding twice, by count.
-template <int kMost, bool kAll, class Step>
-__device__ __forceinline__ void in_groups(int total, const Step& step) {
-  constexpr int kLargest = N_TOK < kMost ? N_TOK : kMost;
-#pragma unroll 1
-  for (int first = 0; first < total; first += kLargest) {
-    const int count = min(total - first, kLargest);
-    if (!kAll && kLargest > 1 && count == 1) {
-      if constexpr (!kAll) step.template run<1>(first, count);
-    } else if (!kAll && kLargest > 2 && count == 2) {
-      if constexpr (!kAll && kLargest > 2) step.template run<2>(first, count);
-    } else {
-      step.template run<kLargest>(first, count);
-    }
-  }
-}
+// The multiplier of a matrix: its own, or where there are any that of the block's expert. Read where it is needed, so
+// that it takes no register before.
+struct Multiplier {
+  float value;
+  const float* of_expert;
+  const int* member;
 
-// Ask for this block's rows of the shared expert: it is the only one that is known before the router has run.
-template <int kRows, class W>
-__device__ __forceinline__ void prefetch_rows(const W& matrix, int first) {
-  const unsigned char* begin = matrix.codes(first);
-  for (int i = static_cast<int>(threadIdx.x) * 128; i < kRows * W::kCodeBytes; i += kWarps * 32 * 128) prefetch_l2(begin + i);
-}
+  __device__ __forceinline__ float get() const { return of_expert ? of_expert[member[N_TOK]] : value; }
+};
 
-// Blocks of a multiprocessor, for __launch_bounds__: what the format with the fewest allows.
-template <class First, class... Others>
-__device__ constexpr int resident_blocks() {
-  const int here = N_TOK > 2 ? First::kManyTokens : First::kFewTokens;
-  if constexpr (sizeof...(Others) == 0) {
-    return here;
+// step.run<n>() with the n of the code that serves `count` members: N_TOK, 2 or 5, where that many do, else 8. What a
+// member gets does not depend on n.
+template <class Step>
+__device__ __forceinline__ void for_count(int count, const Step& step) {
+  if constexpr (N_TOK <= 2) {
+    step.template run<N_TOK>();
+  } else if (count <= tokens_of_tiles(1)) {
+    step.template run<tokens_of_tiles(1)>();
+  } else if (N_TOK <= tokens_of_tiles(2) || count <= tokens_of_tiles(2)) {
+    step.template run<tokens_of_tiles(2)>();
   } else {
-    return here < resident_blocks<Others...>() ? here : resident_blocks<Others...>();
+    if constexpr (N_TOK > tokens_of_tiles(2)) step.template run<tokens_of_tiles(3)>();
   }
 }
-// Entries of the table of IQ2_XXS (iq2_weights.cuh) that kernels of these matrices need: all or none.
-template <class... Matrices>
-__device__ constexpr int pattern_entries() {
-  return (... || Matrices::kPatterns) ? 256 : 0;
-}
-// That table, u64 [kEntries], to shared memory; it can be read after a barrier.
-template <int kEntries>
-__device__ __forceinline__ void load_patterns(const unsigned long long* table, uint2* patterns) {
-  for (int i = threadIdx.x; i < kEntries; i += kWarps * 32) {
-    const unsigned long long entry = table[i];
-    patterns[i] = make_uint2(static_cast<unsigned>(entry), static_cast<unsigned>(entry >> 32));
-  }
+
+// Ask for rows first .. first + n_rows - 1 of the shared expert: it is the only one known before the router has run.
+template <class Matrix>
+__device__ __forceinline__ void prefetch_rows(const Matrix& matrix, int first, int n_rows) {
+  const unsigned char* begin = matrix.codes(first);
+  for (int i = static_cast<int>(threadIdx.x) * 128; i < n_rows * Matrix::kCodeBytes; i += kThreads * 128)
+    prefetch_l2(begin + i);
 }

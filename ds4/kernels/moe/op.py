@@ -23,14 +23,14 @@ from ds4.kernels.moe.matrices import (
     plane_arguments,
 )
 from ds4.kernels.moe.ref import swiglu
+from ds4.kernels.moe.tiles import block_rows, shared_bytes, threads
 from ds4.kernels.packing import Planes
 from ds4.kernels.registry import Operation, register, run
 
 __all__ = ["FORMATS", "MOE_DOWN", "MOE_UP", "moe_down", "moe_up"]
 
 _UP, _DOWN = ("w1", "w3", "sw1", "sw3"), ("w2", "sw2")
-_UP_ROWS, _DOWN_ROWS = 8, 16  # rows of an expert's matrix that a block owns: kBlockRows
-_SIZES = ("HIDDEN", "INTER", "TOP_K", "N_TOK")
+_SIZES = ("HIDDEN", "INTER", "TOP_K", "N_TOK", "SHARED_BYTES")
 
 
 def _plane_params(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -87,7 +87,7 @@ def moe_up(
     w1_scale, w3_scale   f32 [n_experts] or None, multipliers of decoded values; applied to the sum, which is one
              rounding more than none. sw1_scale, sw3_scale likewise
     returns  f32 [n_tok, top_k + 1, inter]
-    Order:   row t does not depend on n_tok or on who shares its experts, bit for bit; expert_rows.cuh has the order.
+    Order:   row t does not depend on n_tok or on who shares its experts, bit for bit; it is that of mma_rows.cuh.
     Error:   relative RMS below 1e-5 of the reference; a NaN stays one.
     Limits:  on a GPU n_tok 1 to 8, ids within the experts; d a multiple of 32, inter of 16, of 128 where w1
              or w3 is fp8_block.
@@ -167,11 +167,11 @@ def _outputs_up(inputs: Inputs) -> Outputs:
 
 
 def _outputs_down(inputs: Inputs) -> Outputs:
-    (n_tok, n_slots, _), d, device = inputs["mid"].shape, n_rows_of(inputs, "sw2"), inputs["mid"].device
+    (n_tok, n_slots, inter), d, device = inputs["mid"].shape, n_rows_of(inputs, "sw2"), inputs["mid"].device
     return {
         "y": torch.empty(n_tok, d, device=device),
         "parts": torch.empty(n_tok, n_slots, d, device=device),
-        "counter": torch.zeros(d // _DOWN_ROWS, dtype=torch.int32, device=device),
+        "counter": torch.zeros(_n_row_blocks(d, block_rows(inter, n_tok)), dtype=torch.int32, device=device),
     }
 
 
@@ -188,10 +188,9 @@ def _calls_up(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
     for name in _UP:
         values |= plane_arguments(inputs, name, inter, d)
     args = ArgPack(_UP_ENTRY, values | outputs | {"patterns": pattern_argument(inputs, _UP, x.device)})
-    sizes = {"HIDDEN": d, "INTER": inter, "TOP_K": top_k, "N_TOK": n_tok}
-    constants = constant_set(**sizes, **format_constants(_UP, formats_of(inputs, _UP)))
-    grid = (inter // _UP_ROWS, 1 + n_tok * top_k, 1)
-    return [KernelCall(_UP_ENTRY, constants, grid, (256, 1, 1), 0, args, pdl=True)]
+    constants = up_constants(formats_of(inputs, _UP), hidden=d, inter=inter, top_k=top_k, n_tok=n_tok)
+    grid = (_n_row_blocks(inter, block_rows(d, n_tok) // 2), 1 + n_tok * top_k, 1)  # half of a tile's rows are of w3
+    return [_call(_UP_ENTRY, constants, grid, args)]
 
 
 def _calls_down(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
@@ -202,17 +201,38 @@ def _calls_down(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
     for name in _DOWN:
         values |= plane_arguments(inputs, name, d, inter)
     args = ArgPack(_DOWN_ENTRY, values | outputs | {"patterns": pattern_argument(inputs, _DOWN, mid.device)})
-    sizes = {"HIDDEN": d, "INTER": inter, "TOP_K": n_slots - 1, "N_TOK": n_tok}
-    constants = constant_set(**sizes, **format_constants(_DOWN, formats_of(inputs, _DOWN)))
-    grid = (d // _DOWN_ROWS, 1 + n_tok * (n_slots - 1), 1)
-    return [KernelCall(_DOWN_ENTRY, constants, grid, (256, 1, 1), 0, args, pdl=True)]
+    top_k = n_slots - 1
+    constants = down_constants(formats_of(inputs, _DOWN), hidden=d, inter=inter, top_k=top_k, n_tok=n_tok)
+    return [_call(_DOWN_ENTRY, constants, (_n_row_blocks(d, block_rows(inter, n_tok)), 1 + n_tok * top_k, 1), args)]
 
 
-def _flash(n_tok: int, names: tuple[str, ...], formats: tuple[str, ...]) -> Constants:
-    """Constants at the dimensions of DeepSeek-V4-Flash."""
-    return constant_set(HIDDEN=4096, INTER=2048, TOP_K=6, N_TOK=n_tok, **format_constants(names, formats))
+def _n_row_blocks(n_rows: int, of_block: int) -> int:
+    return -(-n_rows // of_block)
 
 
+def up_constants(formats: tuple[str, ...], *, hidden: int, inter: int, top_k: int, n_tok: int) -> Constants:
+    """Constants of a launch of ``moe_up`` with w1, w3, sw1 and sw3 of these formats."""
+    sizes = {"HIDDEN": hidden, "INTER": inter, "TOP_K": top_k, "N_TOK": n_tok}
+    shared = shared_bytes(hidden, n_tok, formats)
+    return constant_set(**sizes, SHARED_BYTES=shared, **format_constants(_UP, formats))
+
+
+def down_constants(formats: tuple[str, ...], *, hidden: int, inter: int, top_k: int, n_tok: int) -> Constants:
+    """Constants of a launch of ``moe_down`` with w2 and sw2 of these formats."""
+    sizes = {"HIDDEN": hidden, "INTER": inter, "TOP_K": top_k, "N_TOK": n_tok}
+    shared = shared_bytes(inter, n_tok, formats)
+    return constant_set(**sizes, SHARED_BYTES=shared, **format_constants(_DOWN, formats))
+
+
+def _call(entry: Entry, constants: Constants, grid: tuple[int, int, int], args: ArgPack) -> KernelCall:
+    values = dict(constants)
+    n_tok, shared = values["N_TOK"], values["SHARED_BYTES"]
+    assert isinstance(n_tok, int)
+    assert isinstance(shared, int)
+    return KernelCall(entry, constants, grid, (threads(n_tok), 1, 1), shared, args, pdl=True)
+
+
+_FLASH = {"hidden": 4096, "inter": 2048, "top_k": 6}  # of DeepSeek-V4-Flash
 # (w1 and w3, w2, shared) of the checkpoints there are: NVFP4, the official one, two mixtures of GGUF files.
 _CHECKPOINTS = (
     ("nvfp4", "nvfp4", "q8_0"),
@@ -229,7 +249,7 @@ MOE_UP = register(
         entries=(_UP_ENTRY,),
         cases=up_cases,
         variants=tuple(
-            (_UP_ENTRY, _flash(n_tok, _UP, (up, up, shared, shared)))
+            (_UP_ENTRY, up_constants((up, up, shared, shared), n_tok=n_tok, **_FLASH))
             for up, _, shared in _CHECKPOINTS
             for n_tok in (1, 2, 8)
         ),
@@ -246,7 +266,7 @@ MOE_DOWN = register(
         entries=(_DOWN_ENTRY,),
         cases=down_cases,
         variants=tuple(
-            (_DOWN_ENTRY, _flash(n_tok, _DOWN, (down, shared)))
+            (_DOWN_ENTRY, down_constants((down, shared), n_tok=n_tok, **_FLASH))
             for _, down, shared in _CHECKPOINTS
             for n_tok in (1, 2, 8)
         ),

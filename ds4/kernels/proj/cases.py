@@ -16,7 +16,7 @@ from ds4.kernels.packing.fp8_block import TILE
 
 Segments = tuple[tuple[str, int], ...]  # (format, rows) of each matrix
 ALL: Segments = (("f32", 5), ("f16", 33), ("bf16", 1), ("q8_0", 33), ("fp8_block", 5))
-_NAN = 0x7F  # e4m3
+_NAN = 0x7F  # e4m3; counts 480 in the kernels
 _MEAN_CODE = 100.1  # root of the mean square of all e4m3 numbers
 _MEAN_BYTE = 73.9  # and of all int8 numbers
 
@@ -98,14 +98,14 @@ def make_inputs(
     k: int,
     segments: Segments,
     groups: int = 1,
-    rows_per_warp: int | None = None,
+    blocks: int | None = None,
     change: Callable[[Inputs], None] | None = None,
 ) -> Inputs:
     """Random inputs, changed in place by ``change``. x has groups only where there are several."""
     rng = torch.Generator().manual_seed(seed)
     shape = (n_tok, groups, k) if groups > 1 else (n_tok, k)
     inputs: Inputs = {"x": torch.randn(shape, generator=rng), "formats": tuple(name for name, _ in segments)}
-    inputs["rows_per_warp"] = rows_per_warp
+    inputs["blocks"] = blocks
     for i, (name, n_rows) in enumerate(segments):
         inputs[f"w{i}"], inputs[f"s{i}"] = random_planes(rng, name, n_rows, k)
     if change is not None:
@@ -132,20 +132,20 @@ def _scaled(inputs: Inputs, x_factor: float, factors: dict[str, float]) -> None:
         (values if scales is None else scales).mul_(factors[name])
 
 
-# Near the end of what their types hold: sums of about 2^120 (F16 and the scales of Q8_0 end at 2^16); weights below the
-# smallest normal number, their sums as large as activations of 2^60 make them.
+# Near the end of what their types hold: sums of about 2^120 (F16 and the scales of Q8_0 end at 2^16). Weights below the
+# smallest normal number of BF16 and F16, and scales of Q8_0; F32 and the scales of FP8 stay 2^24 above FP32's, where
+# the parts of a weight, or the weights of the reference, would be rounded. Activations of 2^60 make the sums as large.
 _LARGE = 2.0**100, dict.fromkeys(("f32", "bf16", "fp8_block"), 2.0**20) | dict.fromkeys(("f16", "q8_0"), 2.0**8)
-_DENORMAL = 2.0**60, dict.fromkeys(("f32", "bf16", "fp8_block"), 2.0**-130) | {"f16": 2.0**-16, "q8_0": 2.0**-13}
+_DENORMAL = 2.0**60, {"f32": 2.0**-96, "f16": 2.0**-16, "bf16": 2.0**-130, "q8_0": 2.0**-13, "fp8_block": 2.0**-100}
 
 
 def _not_finite(inputs: Inputs) -> None:
-    """A NaN in a row of every format that has one, an infinite activation, and a product that overflows."""
+    """A NaN in a row of every format, an infinite activation, and a product that overflows. What meets the infinity has
+    no zero among its parts (mma_rows.cuh): those of 1/3 have the bits 101010..."""
     inputs["x"][1, 7] = torch.inf
-    for name, (values, scales) in _weight_planes(inputs).items():
+    for values, scales in _weight_planes(inputs).values():
         if scales is None:
-            values[0, 3] = torch.nan
-        elif name == "fp8_block":
-            values[0, 3], values[1, 4] = _NAN, 0x80 | _NAN
+            values[0, 3], values[1:, 7] = torch.nan, 1 / 3
         else:
             scales[0, 0] = torch.nan
     inputs["x"][0, 9] = 3e38
@@ -175,11 +175,11 @@ def _proj_in() -> list[Case]:
     turns = [tuple((names[(i + turn) % 5], (1, 5, 33)[(i + turn) % 3]) for i in range(8)) for turn in range(5)]
     return [
         _case("native, 8 tokens", "smoke", 8, 288, native),
-        _case("GGUF, 2 tokens", "smoke", 2, 1056, gguf, rows_per_warp=2),
-        *(_case(f"turn {i}", "edges", 1, 96, turn, rows_per_warp=2 ** (i % 3)) for i, turn in enumerate(turns)),
-        _case("sliding layer", "edges", 3, 32, native[:2], rows_per_warp=4),
+        _case("GGUF, 2 tokens", "smoke", 2, 1056, gguf, blocks=5),
+        *(_case(f"turn {i}", "edges", 1, 96, turn, blocks=1 + i) for i, turn in enumerate(turns)),
+        _case("sliding layer", "edges", 3, 32, native[:2], blocks=1),
         _case("HCA layer", "edges", 5, 128, native[:4]),
-        _case("F32", "edges", 8, 1056, (("f32", 33), ("f32", 1)), rows_per_warp=2),
+        _case("F32", "edges", 8, 1056, (("f32", 33), ("f32", 1)), blocks=1),
         _case("zeros", "edges", 2, 160, ALL, change=_zeros),
         _case("not finite", "edges", 2, 160, ALL, change=_not_finite),
         _scaled_case("large", *_LARGE),
@@ -194,26 +194,26 @@ def _small(fp8: str, other: str, rows: tuple[int, ...]) -> Segments:
 def _proj_q() -> list[Case]:
     two_scale_rows = (("fp8_block", 130), ("fp8_block", 65))
     return [
-        _case("native, 8 tokens", "smoke", 8, 544, two_scale_rows, rows_per_warp=4),
-        _case("GGUF, 2 tokens", "smoke", 2, 544, (("q8_0", 40), ("f16", 33)), rows_per_warp=4),
-        _case("one matrix", "edges", 1, 1024, two_scale_rows[:1], rows_per_warp=4),
+        _case("native, 8 tokens", "smoke", 8, 544, two_scale_rows, blocks=2),
+        _case("GGUF, 2 tokens", "smoke", 2, 544, (("q8_0", 40), ("f16", 33))),
+        _case("one matrix", "edges", 1, 1024, two_scale_rows[:1], blocks=3),
     ]
 
 
 def _proj_oa() -> list[Case]:
     return [
         # Three groups of 50 rows: a warp's rows 124 to 127 and 128 of the second group take two rows of scales.
-        _case("native, 8 tokens", "smoke", 8, 160, (("fp8_block", 150),), groups=3, rows_per_warp=4),
-        _case("GGUF, 8 groups", "smoke", 2, 96, (("q8_0", 72),), groups=8, rows_per_warp=2),
+        _case("native, 8 tokens", "smoke", 8, 160, (("fp8_block", 150),), groups=3, blocks=2),
+        _case("GGUF, 8 groups", "smoke", 2, 96, (("q8_0", 72),), groups=8, blocks=3),
         _case("a row a group", "edges", 1, 64, (("bf16", 4),), groups=4),
     ]
 
 
 def _proj_ob() -> list[Case]:
     return [
-        _case("native, 8 tokens, 3 tiles", "smoke", 8, 2080, (("fp8_block", 33),), rows_per_warp=4),
-        _case("GGUF, 3 tokens, 3 tiles", "smoke", 3, 4128, (("q8_0", 9),), rows_per_warp=2),
-        _case("BF16, 8 tokens, 2 tiles", "edges", 8, 1056, (("bf16", 33),), rows_per_warp=4),
+        _case("native, 8 tokens, 3 tiles", "smoke", 8, 2080, (("fp8_block", 33),), blocks=1),
+        _case("GGUF, 3 tokens, 3 tiles", "smoke", 3, 4128, (("q8_0", 33),), blocks=1),
+        _case("BF16, 8 tokens, 2 tiles", "edges", 8, 1056, (("bf16", 33),)),
         _case("F16, 2 tokens, 2 tiles", "edges", 2, 4160, (("f16", 5),)),
     ]
 
