@@ -36,8 +36,6 @@ from ds4.weights import Checkpoint, open_checkpoint
 
 __all__ = ["LLM", "Piece", "Progress", "Session", "Statistics"]
 
-_CPU_HEAD = "draft: a DSpark head drafts on the CPU only so far; use --draft off, or --device cpu"
-
 
 def resolve_device(device: str) -> str:
     """Where a model runs, "cpu" or "cuda", from what was asked for. Raises Ds4Error where it cannot run there.
@@ -93,10 +91,6 @@ class LLM:
         self.checkpoint = self._open(path, draft_model)
         self.path = self.checkpoint.path
         self.config = self.checkpoint.config
-        if self.draft and self._head_stays_on_cpu():
-            if self.draft != AUTO or draft_model is not None:
-                raise Ds4Error(_CPU_HEAD)
-            self.draft = 0
         self.ctx = self._check_ctx(ctx)
         self.memory = self._plan_memory(sessions)
         if on_plan is not None:
@@ -142,14 +136,8 @@ class LLM:
             raise Ds4Error("draft: it is off, so the draft model would not be used; leave out one of them")
         return length
 
-    def _head_stays_on_cpu(self) -> bool:
-        """Whether the draft head has no kernels while the trunk runs on a GPU."""
-        return self.device == "cuda" and self.config.dspark_block_size is not None
-
     def _resolve_length(self, length: DraftLength) -> DraftLength:
         """``length``, or 0 where AUTO finds no head. Raises Ds4Error for a number that cannot be drafted."""
-        if length not in (0, AUTO) and self._head_stays_on_cpu():
-            raise Ds4Error(_CPU_HEAD)
         drafter = self.new_drafter()
         if length == AUTO:
             return AUTO if drafter is not None else 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,6 +9,7 @@ from cuemu.backend import CpuBackend, missing
 
 from ds4 import engine
 from ds4.cli import main
+from ds4.demo import bundled_draft_path
 from ds4.engine import LLM, Piece, Statistics
 from ds4.errors import Ds4Error
 from ds4.sampling import SamplingParams
@@ -112,15 +111,22 @@ def test_answers_with_drafts(emulated: Counting) -> None:
     assert drawn[0].draft.draft_seconds > 0
 
 
-def test_a_head_without_kernels_is_left_out_or_refused(emulated: Counting, golden: Path) -> None:
-    path = golden / "dspark"
-    llm = LLM(path, device="cuda", ctx=64)
-    assert (llm.draft, llm.session().drafter) == (0, None)
-    message = r"draft: a DSpark head drafts on the CPU only so far; use --draft off, or --device cpu"
-    with pytest.raises(Ds4Error, match=message):
-        LLM(path, device="cuda", ctx=64, draft=2)
-    with pytest.raises(Ds4Error, match=message):
-        next(llm.generate([5, 6], draft=2))
+def test_answers_with_blocks(emulated: Counting) -> None:
+    """Of a DSpark head, in the device's own loop: the same text."""
+    llm, prompt = LLM(device="cuda", ctx=256, draft_model=bundled_draft_path()), "Tell me a story about a lighthouse."
+    assert llm.draft == "auto"
+    found = {}
+    for length in (0, 4):
+        *_, statistics = llm.generate(prompt, SamplingParams(max_tokens=12), draft=length)
+        assert isinstance(statistics, Statistics)
+        found[length] = statistics
+    assert found[0].token_ids == found[4].token_ids
+    drafted = found[4].draft
+    assert drafted is not None
+    assert 0 < drafted.accepted < drafted.drafted
+    assert drafted.draft_seconds == 0  # in the steps' time
+    with pytest.raises(Ds4Error, match="draft: this draft head drafts at most 5 tokens, 6 were wanted"):
+        next(llm.generate(prompt, draft=6))
 
 
 def test_other_numerics_need_the_cpu(emulated: Counting) -> None:

@@ -149,8 +149,18 @@ class Attention:
         selected = None
         if self.indexer is not None and weights is not None:
             selected = self.indexer.step(made["y1"].unflatten(1, (self.indexer.n_heads, -1)), weights, s, cache)
-        attended = {
-            "q": made["y0"].unflatten(1, (self.n_heads, self.width)),
+        q = made["y0"].unflatten(1, (self.n_heads, self.width))
+        o = self._core_step(q, selected, s, cache).view(s.n_tok, self.n_groups, -1)
+        z = s.add(PROJ_OA, {"x": o} | segment_inputs([planes_of(self.wo_a, FORMATS, "proj_oa")]))["y0"]
+        return s.add(PROJ_OB, {"x": z} | segment_inputs([planes_of(self.wo_b, FORMATS, "proj_ob")]))["y0"]
+
+    def _core_step(self, q: Tensor, selected: Tensor | None, s: StepBuilder, cache: LayerCache) -> Tensor:
+        """The launches of the core alone, from raw queries f32 ``[n_tok, h, width]``: what it makes of them."""
+        return s.add(ATTN_DECODE, self._core_inputs(q, selected, s, cache))["o"]
+
+    def _core_inputs(self, q: Tensor, selected: Tensor | None, s: StepBuilder, cache: LayerCache) -> Inputs:
+        return {
+            "q": q,
             "cis": self._cis_step(s),
             "sink": self.sink,
             "ring": cache.ring,
@@ -161,9 +171,6 @@ class Attention:
             "ratio": self.ratio,
             "eps": self.eps,
         }
-        o = s.add(ATTN_DECODE, attended)["o"].view(s.n_tok, self.n_groups, -1)
-        z = s.add(PROJ_OA, {"x": o} | segment_inputs([planes_of(self.wo_a, FORMATS, "proj_oa")]))["y0"]
-        return s.add(PROJ_OB, {"x": z} | segment_inputs([planes_of(self.wo_b, FORMATS, "proj_ob")]))["y0"]
 
     def _cis_step(self, s: StepBuilder) -> Tensor:
         """The layer's table at the tokens' positions, f32 ``[n_tok, rope / 2, 2]``."""

@@ -23,7 +23,8 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after every weight; the total counts the whole file."""
 
 _MATRIX = re.compile(
-    r"(?:.*\.)?(?:embed|head|wq_a|wq_b|wkv|wgate|wo_a|wo_b|weights_proj|w1|w2|w3|e_proj|h_proj|main_proj)\.weight"
+    r"(?:.*\.)?(?:embed|head|wq_a|wq_b|wkv|wgate|wo_a|wo_b|weights_proj|w1|w2|w3|e_proj|h_proj|main_proj"
+    r"|markov_w1|markov_w2)\.weight"
 )
 _EXPERT = re.compile(r"(?P<layer>.*)\.ffn\.experts\.(?P<index>\d+)\.(?P<matrix>w[123])\.weight")
 

@@ -151,9 +151,12 @@ class Transformer:
             tap.tap(s, last, r.streams)
         return made
 
-    def embed_step(self, s: StepBuilder) -> Tensor:
-        """Launches that begin a step: the tokens' streams f32 ``[n_tok, m, d]``, and the rotary tables ``s.cis``."""
-        embed = planes_of(self.embed, EMBED_FORMATS, "embed")
+    def embed_step(self, s: StepBuilder, weight: Weight | None = None) -> Tensor:
+        """Launches that begin a step: the tokens' streams f32 ``[n_tok, m, d]``, and the rotary tables ``s.cis``.
+
+        ``weight``: a table of another width, in place of the embedding.
+        """
+        embed = planes_of(self.embed if weight is None else weight, EMBED_FORMATS, "embed")
         begin = {"tokens": s.tokens, "pos": s.pos, "format": embed.packing.format, **embed.tensors}
         begun = s.add(EMBED, begin | {"plain": self.rope.plain, "compressed": self.rope.compressed})
         s.cis = begun["cis"]

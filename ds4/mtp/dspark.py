@@ -15,16 +15,24 @@ from torch import Tensor
 from ds4.config import ModelConfig
 from ds4.errors import Ds4Error
 from ds4.kernels.attn import attend
+from ds4.kernels.attn.op import ATTN_DECODE
+from ds4.kernels.cases import Outputs
 from ds4.kernels.common import rms_norm
+from ds4.kernels.draft.op import DRAFT_BLOCK, DRAFT_CHOOSE, DRAFT_NORM
+from ds4.kernels.draft.words import CHAIN, LAST
 from ds4.kernels.head import hc_head, head
+from ds4.kernels.head.op import FORMATS as HEAD_FORMATS
+from ds4.kernels.head.op import LM_HEAD
 from ds4.kernels.launch import Launch
 from ds4.kernels.proj import matmul_rows, proj
+from ds4.kernels.proj.op import FORMATS, PROJ_IN, PROJ_OB, segment_inputs
 from ds4.kv.cache import LayerCache
 from ds4.kv.spec import MAX_DRAFT
 from ds4.model.attention import Attention
 from ds4.model.block import Block, Residual
 from ds4.model.context import Context, make_context
 from ds4.model.params import Params, small
+from ds4.model.steps import StepBuilder, planes_of
 from ds4.model.transformer import Transformer, embedding_rows
 from ds4.mtp.drafter import Chooser, Draft, check_history
 from ds4.mtp.rows import publish_rows, stage_cache
@@ -43,11 +51,30 @@ class BlockAttention(Attention):
         rows = torch.cat((context, row_format.unpack(row_format.pack(kv))))
         return self._output(attend(q, rows, self.sink, None, ctx.numerics), ctx)
 
+    def context_step(self, kv: Tensor, s: StepBuilder, cache: LayerCache) -> None:
+        """Launch that stores context rows, from their raw projections f32 ``[n_tok, head_dim]``."""
+        no_queries = kv.new_zeros(kv.shape[0], self.q_norm.shape[0])
+        self._publish_step([no_queries, kv], s, cache)
+
+    def _core_step(self, q: Tensor, selected: Tensor | None, s: StepBuilder, cache: LayerCache) -> Tensor:
+        """One launch a query, each at the block's last position (the word LAST), with a window that is longer by the
+        block. So all attend the same rows: the block's own lie in the ring behind the context, where those of the text
+        take their place before anything reads them as context.
+        """
+        n, o = s.n_tok, torch.empty_like(q)
+        inputs = self._core_inputs(q, selected, s, cache) | {"pos": s.state.word(LAST), "window": self.window + n}
+        cis = self._cis_step(s)
+        for i in range(n):
+            row = slice(i, i + 1)
+            s.add(ATTN_DECODE, inputs | {"q": q[row], "cis": cis[row]}, into={"o": o[row]})
+        return o
+
 
 class Stage(Block):
     """One stage: a sliding block with :class:`BlockAttention`."""
 
     attention = BlockAttention
+    attn: BlockAttention
 
 
 class DSpark:
@@ -130,6 +157,41 @@ class DSpark:
         """Confidence, a raw logit, from the collapsed hidden state f32 ``[d]``, which is not normed."""
         return float(self.confidence @ torch.cat((hidden, markov)))
 
+    def rows_step(self, s: StepBuilder, taps: Tensor, caches: Sequence[LayerCache]) -> None:
+        """Launches of ``fill`` in the decode form, from f32 ``[n_tok, taps * d]`` at the positions of ``s``."""
+        self.trunk.embed_step(s)  # for the rotary tables alone
+        main_proj = segment_inputs([planes_of(self.main_proj, FORMATS, "proj_ob")])
+        x = s.add(PROJ_OB, {"x": taps} | main_proj)["y0"]
+        x = s.add(DRAFT_NORM, {"x": x, "norm": self.main_norm, "eps": self.config.rms_norm_eps})["y"]
+        weights = segment_inputs([planes_of(stage.attn.wkv, FORMATS, "proj_in") for stage in self.stages])
+        made = s.add(PROJ_IN, {"x": x} | weights)
+        for i, (stage, cache) in enumerate(zip(self.stages, caches, strict=True)):
+            stage.attn.context_step(made[f"y{i}"], s, cache)
+
+    def block_step(self, s: StepBuilder, caches: Sequence[LayerCache]) -> tuple[Tensor, Tensor]:
+        """Launches of ``block``, ``collapse`` and ``logits`` for the step's first token, ``s`` being of ``block_size``.
+
+        returns  streams of the last stage f32 [b, m, d]; logits f32 [b, vocab]
+        """
+        made = s.add(DRAFT_BLOCK, {"words": s.state.words, "noise": self.noise, "n_tok": self.block_size})
+        s.tokens = made["tokens"]
+        r = Residual(self.trunk.embed_step(s))
+        for stage, cache in zip(self.stages, caches, strict=True):
+            r = stage.step(r, s, cache)
+        made = self.trunk.head_step(r, s, (self.hc_fn, self.hc_scale, self.hc_base), self.norm)
+        return r.streams, made["logits"]
+
+    def choose_step(self, s: StepBuilder, logits: Tensor) -> Outputs:
+        """Launches that bias a block's row of logits f32 ``[1, vocab]`` by the token drafted last, and choose greedily.
+
+        returns  biased f32 [1, vocab], token i32 [1]
+        """
+        s.tokens = s.state.word(CHAIN)
+        markov = self.trunk.embed_step(s, self.markov_w1)[:, 0]
+        planes = planes_of(self.markov_w2, HEAD_FORMATS, "lm_head")
+        bias = s.add(LM_HEAD, {"x": markov, "format": planes.packing.format, **planes.tensors})["logits"]
+        return s.add(DRAFT_CHOOSE, {"logits": logits, "bias": bias})
+
 
 class DSparkDrafter:
     """Block drafts of one session (a :class:`ds4.mtp.drafter.Drafter`)."""
@@ -139,8 +201,9 @@ class DSparkDrafter:
         self.dspark = dspark
         self.layers = dspark.layers
         self.max_tokens = min(dspark.block_size, MAX_DRAFT - 1)
-        self.caches = [stage_cache(c, dspark.trunk.formats()) for _ in dspark.stages]
-        self.tail = Tail((len(self.layers) * c.hidden_size,), 0, self._write)
+        trunk, width = dspark.trunk, len(c.dspark_target_layer_ids) * c.hidden_size
+        self.caches = [stage_cache(c, trunk.formats(), trunk.device) for _ in dspark.stages]
+        self.tail = Tail((width,), 0, self._write, trunk.device)
 
     @property
     def position(self) -> int:

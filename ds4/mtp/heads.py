@@ -9,6 +9,7 @@ from ds4.model.steps import Decoder
 from ds4.model.transformer import Transformer
 from ds4.mtp.drafter import Drafter
 from ds4.mtp.dspark import DSpark, DSparkDrafter
+from ds4.mtp.dspark_kernels import KernelDSparkDrafter
 from ds4.mtp.mtp_block import MTPBlock, MTPDrafter
 from ds4.mtp.mtp_kernels import KernelMTPDrafter
 
@@ -17,7 +18,7 @@ class MakeDrafter(Protocol):
     """A draft head, loaded: makes a drafter for each new session."""
 
     def __call__(self, decoder: Decoder | None = None) -> Drafter:
-        """``decoder``: the session's, where its steps go through kernels, so that an MTP block's drafts do too."""
+        """``decoder``: the session's, where its steps go through kernels, so that drafts do too."""
 
 
 def draft_head(trunk: Transformer, params: Params) -> MakeDrafter | None:
@@ -31,6 +32,6 @@ def draft_head(trunk: Transformer, params: Params) -> MakeDrafter | None:
         return None
     if config.dspark_block_size is not None:
         dspark = DSpark(config, params, trunk)
-        return lambda _decoder=None: DSparkDrafter(dspark)
+        return lambda decoder=None: DSparkDrafter(dspark) if decoder is None else KernelDSparkDrafter(dspark, decoder)
     block = MTPBlock(config, params, trunk)
     return lambda decoder=None: MTPDrafter(block) if decoder is None else KernelMTPDrafter(block, decoder)

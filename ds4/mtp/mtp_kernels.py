@@ -9,85 +9,46 @@ so that a step that verifies it can follow without the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ds4.kernels.draft.op import DRAFT_PAIRS, DRAFT_PUSH, DRAFT_TAP
-from ds4.kernels.draft.words import CHAIN, LAST, PAIR
+from ds4.kernels.draft.op import DRAFT_PUSH, DRAFT_TAP
+from ds4.kernels.draft.words import CHAIN, LAST
 from ds4.kernels.entry import KernelCall
 from ds4.kernels.launch import DECODE_ROWS
 from ds4.model.steps import Decoder, StepBuilder
 from ds4.mtp.drafter import Chooser, Draft, check_history
+from ds4.mtp.kernel_rows import DraftStep, KernelRows, calls_of
 from ds4.mtp.mtp_block import MTPBlock, MTPDrafter
 from ds4.mtp.rows import stage_cache
 from ds4.mtp.tail import Tail
 from ds4.sampling import Sampler
 
 
-@dataclass(frozen=True, eq=False)
-class DraftStep:
-    """Launches that draft one token: ``calls``; ``push``, by which it joins the step's; ``logits`` f32 [1, vocab]."""
-
-    calls: list[KernelCall]
-    push: list[KernelCall]
-    logits: Tensor
-
-
-class KernelMTPDrafter(MTPDrafter):
+class KernelMTPDrafter(KernelRows, MTPDrafter):
     """Chained drafts of one session through kernels (a :class:`ds4.mtp.drafter.KernelDrafter`)."""
 
     def __init__(self, block: MTPBlock, decoder: Decoder) -> None:
-        super().__init__(block)
+        MTPDrafter.__init__(self, block)
+        KernelRows.__init__(self, decoder)
         c, device = block.config, block.trunk.device
         self.caches = [stage_cache(c, block.trunk.formats(), device, decoded=False)]
         self.tail = Tail((c.hc_mult, c.hidden_size), 1, self._write, device, self._publish)
-        self._decoder = decoder
         self._z = torch.zeros(DECODE_ROWS, c.hc_mult, c.hidden_size, device=device)  # last row: the chain's streams
         self._first: dict[int, DraftStep] = {}
-        self._fill: dict[int, list[KernelCall]] = {}
         self._chain: DraftStep | None = None
 
     def tap(self, s: StepBuilder, layer: int, streams: Tensor) -> None:
         """Append the launch that keeps the streams of ``layers`` in the tail."""
         s.add(DRAFT_TAP, {"streams": streams, **self._tail_inputs()})
 
-    def begin(self, token: int) -> None:
-        self.tail.begin(self.position, token)
-
-    def end(self, n: int) -> None:
-        self.tail.position += n
-
-    def _tail_inputs(self) -> dict[str, Tensor]:
-        return {"words": self._decoder.state.words, "tail": self.tail.streams, "ids": self.tail.ids}
-
-    def _pairs(self, n: int) -> tuple[StepBuilder, Tensor]:
-        """A list begun with the launch that takes the last ``n`` pairs from the tail; their streams f32 [n, m, d]."""
-        s = StepBuilder(n, self._decoder.state)
-        made = s.add(DRAFT_PAIRS, {**self._tail_inputs(), "n_pairs": n})
-        s.tokens, s.pos = made["tokens"], s.state.word(PAIR)
-        return s, made["h"]
-
-    def _publish(self, first: int, end: int) -> None:
-        """Store the rows of pairs ``first .. end - 1``."""
-        self._decoder.state.write(end, [int(self.tail.ids[end % len(self.tail.ids)])])
-        self._decoder.backend.run(self.rows_calls(end - first))
-
-    @torch.inference_mode()
-    def rows_calls(self, n_pairs: int) -> list[KernelCall]:
-        if n_pairs not in self._fill:
-            s, h = self._pairs(n_pairs)
-            self.block.rows_step(s, h, self._z[-n_pairs:], self.caches[0])
-            self._fill[n_pairs] = _calls(s)
-        return self._fill[n_pairs]
-
-    def n_unwritten(self) -> int:
-        return self.tail.n_unwritten()
+    def _rows(self, s: StepBuilder, h: Tensor) -> None:
+        self.block.rows_step(s, h, self._z[-len(h) :], self.caches[0])
 
     def _draft_step(self, s: StepBuilder, h: Tensor) -> DraftStep:
         made = self.block.step(s, h, self._z[-len(h) :], self.caches[0])
-        calls = _calls(s)
+        calls = calls_of(s)
         s.add(DRAFT_PUSH, {"token": made["token"], "words": s.state.words})
         return DraftStep(calls, list(s.parts[-1].calls), made["logits"])
 
@@ -115,9 +76,6 @@ class KernelMTPDrafter(MTPDrafter):
         steps = [self._begun(n_pairs or self.tail.n_unwritten()), *[self._chained()] * (k - 1)]
         return [call for step in steps for call in (*step.calls, *step.push)]
 
-    def drafted(self, token: int) -> None:
-        self.tail.claim(token)
-
     @torch.inference_mode()
     def draft(self, history: Sequence[int], k: int, sampler: Sampler) -> Draft:
         """As the torch form does: the host chooses each token from the logits."""
@@ -139,7 +97,3 @@ class KernelMTPDrafter(MTPDrafter):
             step = self._chained()
             state.write(position, [], last=position - 1 + n, chain=token)
             backend.run(step.calls)
-
-
-def _calls(s: StepBuilder) -> list[KernelCall]:
-    return [call for part in s.parts for call in part.calls]

@@ -57,7 +57,7 @@ def test_the_answer_is_the_plain_one(llm: LLM, question: str, draft: int | str) 
     s = answer(draft)
     assert s.token_ids == answer(0).token_ids
     assert s.draft is not None
-    if draft != "auto":  # which may find the answer too short
+    if draft != "auto" and len(s.token_ids) > 10:  # a short answer may end before anything is drafted
         assert s.draft.accepted > 0
         assert draft == 1 or s.draft.accepted < s.draft.drafted
 

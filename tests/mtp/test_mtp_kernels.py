@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from cuemu.backend import CpuBackend, missing
+from emulation import emulated_llm, greedy, speculated, stepped
 from feeding import relative
 from torch import Tensor
 
-from ds4 import engine
 from ds4.engine import LLM
 from ds4.errors import Ds4Error
 from ds4.kernels.draft.words import TOKENS
@@ -31,27 +31,14 @@ CLOSE = 2e-2  # of a row's norm: codes of the ring that fell differently, as sum
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     """The bundled model as with ``--device cuda``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "resolve_device", lambda device: device)
-        patch.setattr(engine, "current_gpu", lambda: torch.device("cpu"))
-        patch.setattr(engine, "backend_for", lambda device: CpuBackend())
-        yield LLM(device="cuda", ctx=CTX)
+    with emulated_llm(CTX) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="module")
 def prompt() -> list[int]:
     """The model's own text, so that drafts are good."""
     return [0, *greedy(LLM(device="cpu", ctx=CTX, draft="off").session(), [0], N_PROMPT - 1)[0]]
-
-
-def greedy(session: Session, prompt: Sequence[int], n: int) -> tuple[list[int], Tensor]:
-    """The next n tokens by single steps, and the rows that they were chosen from."""
-    rows = [session.prefill(prompt)]
-    ids = [int(rows[0].argmax())]
-    while len(ids) < n:
-        rows.append(session.decode([ids[-1]])[0])
-        ids.append(int(rows[-1].argmax()))
-    return ids, torch.stack(rows)
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +49,6 @@ def plain(llm: LLM, prompt: list[int]) -> tuple[list[int], Tensor, Session]:
     """
     session = llm.session()
     return *greedy(session, prompt, N + 8), session
-
-
-def speculated(session: Session, prompt: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], Tensor, list[int]]:
-    """N tokens in drafts of these lengths in turn, 0 for a plain step; their rows; how many of each draft were kept."""
-    rows = [session.prefill(prompt)]
-    ids, kept, turn = [int(rows[0].argmax())], [], 0
-    while len(ids) < N:
-        k = lengths[turn % len(lengths)]
-        if k:
-            tokens, found = session.speculate(ids[-1], k)
-            kept.append(len(tokens) - 1)
-        else:
-            found = session.decode([ids[-1]])
-            tokens = [int(found[0].argmax())]
-        ids += tokens
-        rows += found
-        turn += 1
-    return ids, torch.stack(rows), kept
 
 
 def drafter_of(session: Session) -> KernelMTPDrafter:
@@ -97,7 +66,7 @@ def ring(session: Session, position: int) -> Tensor:
 def test_drafted_and_verified_is_plain(llm: LLM, prompt: list[int], plain: tuple[list[int], Tensor, Session]) -> None:
     """Tokens, logits, every live byte of the cache, and the block's ring; drafts accepted and rejected."""
     session = llm.session()
-    ids, rows, kept = speculated(session, prompt, (1, 0, 7, 0, 0))
+    ids, rows, kept = speculated(session, prompt, N, (1, 0, 7, 0, 0))
     assert ids == plain[0][: len(ids)]
     assert torch.equal(rows, plain[1][: len(rows)])
     assert sum(kept) > 0
@@ -115,19 +84,8 @@ def test_the_same_launches_fit_every_step(
     """Draft, verification and acceptance over and over without the host: what a graph has to do."""
     session = llm.session()
     session.prefill(prompt)
-    drafter, decoder = drafter_of(session), session._decoder
-    assert decoder is not None
-    step = decoder.step(2)
-    calls = [*drafter.draft_calls(1, n_pairs=2), *step.calls, *step.accept]
-    decoder.state.write(N_PROMPT, [plain[0][0]])
-    ids, kept = [plain[0][0]], []
-    while len(ids) < N:
-        decoder.backend.run(calls)
-        n, tokens = decoder.state.accepted(1)
-        ids += [*tokens[:n], tokens[1]]
-        kept.append(n)
+    ids, kept = stepped(session, plain[0][0], 1, 2, N)
     assert ids == plain[0][: len(ids)]
-    assert decoder.state.words[0] == N_PROMPT + len(ids) - 1
     assert sum(kept) > 0
 
 

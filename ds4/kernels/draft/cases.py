@@ -13,6 +13,7 @@ from ds4.kernels.draft import words as at
 
 SLOTS = 17
 _NORM = Close(1e-6, 1e-5, "an FP32 sum of d squares in another order, a root and two products, rows of size 1")
+_MEAN = Close(1e-6, 1e-6, "a mean of four of size 1, summed in another order: two roundings of a sum of size 4, 2^-22")
 _EXACT: Compare = Exact()
 
 
@@ -52,6 +53,28 @@ def tap_cases() -> list[Case]:
         case("the first token", "edges", 1, 32, 0),
         case("the last positions of 1M", "edges", 3, 36, 2**20 - 3),
         *(case(f"n={n}", "decode", n, 4096, 5000) for n in (1, 2, 8)),
+    ]
+
+
+def _mean(seed: int, device: torch.device, *, n_tok: int, d: int, pos: int, first: int, taps: int) -> Inputs:
+    rng = torch.Generator().manual_seed(seed)
+    inputs = _tap(seed, torch.device("cpu"), n_tok=n_tok, d=d, pos=pos)
+    return _moved(inputs | {"tail": torch.randn(SLOTS, taps * d, generator=rng), "first": first * d}, device)
+
+
+def mean_cases() -> list[Case]:
+    """As for ``draft_tap``; the first, the last and the only layer."""
+
+    def case(name: str, group: Group, n_tok: int, d: int, pos: int, first: int = 0, taps: int = 3) -> Case:
+        make = partial(_mean, n_tok=n_tok, d=d, pos=pos, first=first, taps=taps)
+        return Case(name, group, make, {"tail": _MEAN, "ids": _EXACT}, bytes_moved=n_tok * (20 * d + 12))
+
+    return [
+        case("8 tokens across the ring's end", "smoke", 8, 1056, 12, 1),
+        case("the first token", "edges", 1, 32, 0),
+        case("the last positions of 1M", "edges", 3, 36, 2**20 - 3, 2),
+        case("one layer", "edges", 2, 4, 7, 0, 1),
+        *(case(f"n={n}", "decode", n, 4096, 5000, 1) for n in (1, 2, 8)),
     ]
 
 
@@ -96,6 +119,72 @@ def join_cases() -> list[Case]:
         case("eps shows", "edges", 2, 96, 1e-3),
         case("large streams", "edges", 2, 96, 1e4),
         *(case(f"n={n}", "decode", n, 4096) for n in (1, 2, 8)),
+    ]
+
+
+def _norm(seed: int, device: torch.device, *, n_tok: int, d: int, size: float) -> Inputs:
+    inputs = _join(seed, device, n_tok=n_tok, d=d, size=size)
+    return {"x": inputs["h"][:, 1].contiguous(), "norm": inputs["hnorm"], "eps": inputs["eps"]}
+
+
+def norm_cases() -> list[Case]:
+    """As for ``draft_join``."""
+
+    def case(name: str, group: Group, n_tok: int, d: int, size: float = 1.0) -> Case:
+        make = partial(_norm, n_tok=n_tok, d=d, size=size)
+        return Case(name, group, make, {"y": _NORM}, bytes_moved=n_tok * 8 * d + 4 * d)
+
+    return [
+        case("8 tokens", "smoke", 8, 1280),
+        case("a short row", "edges", 3, 4),
+        case("eps shows", "edges", 2, 96, 1e-3),
+        *(case(f"n={n}", "decode", n, 4096) for n in (1, 2, 8)),
+    ]
+
+
+def _block(seed: int, device: torch.device, *, n_tok: int, pos: int) -> Inputs:
+    return _moved({"words": words_of(pos, [7 + seed], drafted=3), "noise": 128799, "n_tok": n_tok}, device)
+
+
+def block_cases() -> list[Case]:
+    """Blocks of 1, 5 and 8; there are no dimensions."""
+
+    def case(name: str, group: Group, n_tok: int, pos: int) -> Case:
+        results = dict.fromkeys(("words", "tokens"), _EXACT)
+        return Case(name, group, partial(_block, n_tok=n_tok, pos=pos), results, bytes_moved=4 * n_tok + 20)
+
+    return [
+        case("a block of 8", "smoke", 8, 1000),
+        case("the token alone", "edges", 1, 1),
+        case("a block of 5", "decode", 5, 2**20 - 1),
+    ]
+
+
+def _choose(seed: int, device: torch.device, *, vocab: int, kind: str) -> Inputs:
+    rng = torch.Generator().manual_seed(seed)
+    logits, bias = (torch.randn(1, vocab, generator=rng) for _ in range(2))
+    if kind == "ties":
+        logits, bias = logits.round(), bias.round()
+    elif kind == "nan":
+        bias[0, vocab // 2 :: 3] = torch.nan
+    elif kind == "negative":
+        logits -= 50
+    return _moved({"logits": logits, "bias": bias}, device)
+
+
+def choose_cases() -> list[Case]:
+    """The best in any block, among many equals, and where nothing is a number or above 0."""
+
+    def case(name: str, group: Group, vocab: int, kind: str = "") -> Case:
+        results = dict.fromkeys(("biased", "token"), _EXACT)
+        return Case(name, group, partial(_choose, vocab=vocab, kind=kind), results, bytes_moved=12 * vocab)
+
+    return [
+        case("three blocks", "smoke", 2500),
+        case("many equal ones", "edges", 3000, "ties"),
+        case("not a number", "edges", 1030, "nan"),
+        case("all below 0", "edges", 40, "negative"),
+        case("V4-Flash", "decode", 129280),
     ]
 
 

@@ -1,10 +1,12 @@
-// draft_join: the two norms of a pair in front of the draft block's projections (spec model.md 7.1).
+// draft_join, draft_norm: norms that draft heads take of what the trunk gave them (spec model.md 7.1, 7.2).
 //
-//   e[t]     = rms_norm(E[token of t]) enorm         the embedding's row: stream 0 of what `embed` makes
-//   hn[t][s] = rms_norm(h[t][s]) hnorm               each of the four streams by itself
+//   draft_join   e[t]     = rms_norm(E[token of t]) enorm         the embedding's row: stream 0 of what `embed` makes
+//                hn[t][s] = rms_norm(h[t][s]) hnorm               each of the four streams by itself
+//   draft_norm   y[t]     = rms_norm(x[t]) norm
 //
-// Grid (5, n_tok), block 256: a row a block, s = 4 the embedding's. A thread's columns by fmaf in rising order, then
-// block_sum; that depends on HIDDEN only. Bytes: 4 HIDDEN * 13 a token. Latency alone: estimate, not measured, 2.5 us.
+// Grid (5, n_tok) or (1, n_tok), block 256: a row a block, s = 4 the embedding's. A thread's columns by fmaf in rising
+// order, then block_sum; that depends on HIDDEN only. Bytes: 4 HIDDEN * 13 a token, or * 3. Latency alone: estimate, not
+// measured, 2.5 us.
 #include "loads.cuh"
 #include "reduce.cuh"
 
@@ -17,16 +19,7 @@ constexpr int kThreads = 256;
 constexpr int kQuads = (HIDDEN / 4 + kThreads - 1) / kThreads;  // of a thread
 static_assert(HIDDEN % 4 == 0, "four columns a load");
 
-// embedded, h f32 [n_tok, 4, HIDDEN], enorm, hnorm f32 [HIDDEN]; e f32 [n_tok, HIDDEN] and hn f32 [n_tok, 4, HIDDEN] OUT.
-extern "C" __global__ void __launch_bounds__(256) draft_join(const float* embedded, const float* h, const float* enorm, const float* hnorm, float* e, float* hn, float eps) {
-  const int row = blockIdx.x, token = blockIdx.y;
-  const bool embedding = row == kStreams;
-  const size_t at = (static_cast<size_t>(token) * kStreams + (embedding ? 0 : row)) * HIDDEN;
-  const float* from = (embedding ? embedded : h) + at;
-  const float* norm = embedding ? enorm : hnorm;
-  float* to = embedding ? e + static_cast<size_t>(token) * HIDDEN : hn + at;
-  pdl_launch();
-  pdl_wait();
+__device__ __forceinline__ void norm_row(const float* from, const float* norm, float* to, float eps) {
   Vec<float, 4> x[kQuads];
   float squares = 0.f;
 #pragma unroll
@@ -50,4 +43,25 @@ extern "C" __global__ void __launch_bounds__(256) draft_join(const float* embedd
       store_vec<4>(to + column, y);
     }
   }
+}
+
+// embedded, h f32 [n_tok, 4, HIDDEN], enorm, hnorm f32 [HIDDEN]; e f32 [n_tok, HIDDEN] and hn f32 [n_tok, 4, HIDDEN] OUT.
+extern "C" __global__ void __launch_bounds__(256) draft_join(const float* embedded, const float* h, const float* enorm, const float* hnorm, float* e, float* hn, float eps) {
+  const int row = blockIdx.x, token = blockIdx.y;
+  const bool embedding = row == kStreams;
+  const size_t at = (static_cast<size_t>(token) * kStreams + (embedding ? 0 : row)) * HIDDEN;
+  const float* from = (embedding ? embedded : h) + at;
+  const float* norm = embedding ? enorm : hnorm;
+  float* to = embedding ? e + static_cast<size_t>(token) * HIDDEN : hn + at;
+  pdl_launch();
+  pdl_wait();
+  norm_row(from, norm, to, eps);
+}
+
+// x f32 [n_tok, HIDDEN], norm f32 [HIDDEN]; y f32 [n_tok, HIDDEN] OUT.
+extern "C" __global__ void __launch_bounds__(256) draft_norm(const float* x, const float* norm, float* y, float eps) {
+  const size_t at = static_cast<size_t>(blockIdx.y) * HIDDEN;
+  pdl_launch();
+  pdl_wait();
+  norm_row(x + at, norm, y + at, eps);
 }

@@ -3,20 +3,29 @@
 draft_tap    keep what a draft head starts from: the streams and tokens of a step that was processed
     streams  f32 [n_tok, ...]; words: pos, tokens
     tail     f32 [slots, ...], ids i64 [slots]   UPDATED IN PLACE: position p in row p % slots
+draft_mean   the same of the means over streams of one tapped layer; tail has one row of all of them
+    streams  f32 [n_tok, 4, d]; words: pos, tokens; first int: the layer's first column
+    tail     f32 [slots, taps * d], ids i64 [slots]   UPDATED IN PLACE: columns first .. first + d - 1
 draft_pairs  the pairs (streams at p, token at p + 1) of the last ``n_pairs`` positions
     tail, ids  as above; words: pos, the first of tokens; UPDATED IN PLACE: pair, last, drafted
     h          f32 [n_pairs, ...], tokens i32 [n_pairs]
 draft_join   norms in front of the projections of a pair
     embedded   f32 [n_tok, 4, d], of which stream 0 counts; h f32 [n_tok, 4, d]; enorm, hnorm f32 [d]; eps float
     e          f32 [n_tok, d], hn f32 [n_tok, 4, d]
+draft_norm   rms norm. x f32 [n_tok, d], norm f32 [d], eps float; y f32 [n_tok, d]
+draft_block  tokens of a block: the step's first one, then ``noise`` int, ``n_tok`` of them
+    words    pos, the first of tokens; UPDATED IN PLACE: last, the block's last position; chain, drafted
+    tokens   i32 [n_tok]
+draft_choose greedy choice. logits, bias f32 [1, vocab]; biased f32 [1, vocab], their sum; token i32 [1], its largest
+             one's place, of equal ones the lowest; a NaN is larger than any number
 draft_push   a drafted token i32 [1] joins the step's; words UPDATED IN PLACE: tokens, chain, drafted, last
 accept       greedy acceptance. token, status i32 [n_tok]: what lm_head says of a step of n_tok - 1 drafted tokens
     words    tokens; UPDATED IN PLACE: pos, the first of tokens, accepted, status
 
-Order:   integers and copies are exact; the norms of row t do not depend on n_tok, bit for bit.
+Order:   integers, copies and sums are exact; norms and means of row t do not depend on n_tok, bit for bit.
 Error:   norms differ from FP32 by the order of a sum and a few roundings.
 Limits:  on a GPU n_tok and n_pairs 1 to 8, at most ``slots``; rows of a multiple of 4. pos is at least n_pairs.
-Source:  spec model.md 7.1, 7.3; kernels.md d.2, d.6.
+Source:  spec model.md 7.1 to 7.3; kernels.md d.2, d.6.
 """
 
 from __future__ import annotations
@@ -27,6 +36,7 @@ from functools import partial
 import torch
 
 from ds4.kernels.cases import Case, Inputs, Outputs
+from ds4.kernels.common import rms_norm
 from ds4.kernels.draft import cases, ref
 from ds4.kernels.draft.words import WORDS
 from ds4.kernels.entry import ArgPack, Constants, Dim3, Entry, KernelCall, constant_set
@@ -47,6 +57,21 @@ _JOIN = Entry(
     "draft/join.cu",
     (*((name, "f32*") for name in ("embedded", "h", "enorm", "hnorm", "e", "hn")), ("eps", "f32")),
     ("HIDDEN",),
+)
+_MEAN = Entry("draft_mean", "draft/tail.cu", (*_TAP.params, ("pitch", "i32"), ("first", "i32")))
+_NORM = Entry(
+    "draft_norm", "draft/join.cu", (("x", "f32*"), ("norm", "f32*"), ("y", "f32*"), ("eps", "f32")), ("HIDDEN",)
+)
+_BLOCK = Entry(
+    "draft_block", "draft/words.cu", (("words", "i32*"), ("tokens", "i32*"), ("noise", "i32"), ("n_tok", "i32"))
+)
+_CHOOSE = Entry(
+    "draft_choose",
+    "draft/choose.cu",
+    (
+        *((name, "f32*") for name in ("logits", "bias", "biased")),
+        *(("token", "i32*"), ("best", "u64*"), ("counter", "u32*"), ("vocab", "i32")),
+    ),
 )
 _PUSH = Entry("draft_push", "draft/words.cu", (("token", "i32*"), ("words", "i32*")))
 _ACCEPT = Entry(
@@ -79,6 +104,15 @@ def _tail_calls(inputs: Inputs, outputs: Outputs, name: str, entry: Entry) -> li
     return _call(entry, values, (-(-width // 1024), n_rows, 1), 256)
 
 
+def _mean_calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
+    (n_tok, _, d), (slots, pitch), first = inputs["streams"].shape, inputs["tail"].shape, inputs["first"]
+    _expect("draft_mean", inputs, {"streams": (n_tok, 4, d), "ids": (slots,), "words": (WORDS,)}, n_tok)
+    if d % 4 or pitch % 4 or first % 4 or not 0 <= first <= pitch - d or n_tok > slots:
+        raise ValueError(f"draft_mean: columns {first} .. {first + d - 1} do not go with a tail of {[slots, pitch]}")
+    values = {**inputs, "width": d, "slots": slots, "pitch": pitch}
+    return _call(_MEAN, values, (-(-d // 1024), n_tok, 1), 256)
+
+
 def _pairs_outputs(inputs: Inputs) -> Outputs:
     n, tail = inputs["n_pairs"], inputs["tail"]
     tokens = torch.empty(n, dtype=torch.int32, device=tail.device)
@@ -91,6 +125,39 @@ def _join_calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
     if d % 4:
         raise ValueError(f"draft_join: rows of {d} are no multiple of 4")
     return _call(_JOIN, {**inputs, **outputs}, (m + 1, n_tok, 1), 256, constant_set(HIDDEN=d))
+
+
+def _norm_calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
+    n_tok, d = inputs["x"].shape
+    _expect("draft_norm", inputs, {"norm": (d,)}, n_tok)
+    if d % 4:
+        raise ValueError(f"draft_norm: rows of {d} are no multiple of 4")
+    return _call(_NORM, {**inputs, **outputs}, (1, n_tok, 1), 256, constant_set(HIDDEN=d))
+
+
+def _block_outputs(inputs: Inputs) -> Outputs:
+    return {"tokens": torch.empty(inputs["n_tok"], dtype=torch.int32, device=inputs["words"].device)}
+
+
+def _block_calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
+    _expect("draft_block", inputs, {"words": (WORDS,)}, inputs["n_tok"])
+    return _call(_BLOCK, {**inputs, **outputs}, (1, 1, 1), inputs["n_tok"])
+
+
+def _choose_outputs(inputs: Inputs) -> Outputs:
+    device = inputs["logits"].device
+    return {
+        "biased": torch.empty_like(inputs["logits"]),
+        "token": torch.empty(1, dtype=torch.int32, device=device),
+        "best": torch.zeros(2, dtype=torch.int64, device=device),
+        "counter": torch.zeros(4, dtype=torch.int32, device=device),
+    }
+
+
+def _choose_calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
+    vocab = inputs["logits"].shape[-1]
+    _expect("draft_choose", inputs, {"logits": (1, vocab), "bias": (1, vocab)}, 1)
+    return _call(_CHOOSE, {**inputs, **outputs, "vocab": vocab}, (-(-vocab // 1024), 1, 1), 256)
 
 
 def _push_calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
@@ -112,6 +179,7 @@ def _operation(
     made: Callable[[], list[Case]],
     mutates: tuple[str, ...] = (),
     tokens: tuple[dict[str, int], dict[str, int]] = ({}, {}),
+    workspaces: tuple[str, ...] = (),
 ) -> Operation:
     constants = constant_set(HIDDEN=4096) if entry.constants else ()
     given, results = tokens
@@ -125,6 +193,7 @@ def _operation(
             cases=made,
             variants=((entry, constants),),
             mutates=mutates,
+            workspaces=workspaces,
             token_inputs=given,
             token_outputs=results,
         )
@@ -143,6 +212,14 @@ DRAFT_TAP = _operation(
     cases.tap_cases,
     mutates=("tail", "ids"),
 )
+DRAFT_MEAN = _operation(
+    _MEAN,
+    _named(("tail", "ids"), lambda i: ref.mean(i["streams"], i["words"], i["tail"], i["ids"], i["first"])),
+    lambda inputs: {},
+    _mean_calls,
+    cases.mean_cases,
+    mutates=("tail", "ids"),
+)
 DRAFT_PAIRS = _operation(
     _PAIRS,
     _named(("words", "h", "tokens"), lambda i: ref.pairs(i["words"], i["tail"], i["ids"], i["n_pairs"])),
@@ -158,6 +235,30 @@ DRAFT_JOIN = _operation(
     _join_calls,
     cases.join_cases,
     tokens=({"embedded": 0, "h": 0}, {"e": 0, "hn": 0}),
+)
+DRAFT_NORM = _operation(
+    _NORM,
+    _named(("y",), lambda i: (rms_norm(i["x"], i["norm"], i["eps"]),)),
+    lambda inputs: {"y": torch.empty_like(inputs["x"])},
+    _norm_calls,
+    cases.norm_cases,
+    tokens=({"x": 0}, {"y": 0}),
+)
+DRAFT_BLOCK = _operation(
+    _BLOCK,
+    _named(("words", "tokens"), lambda i: ref.block(i["words"], i["noise"], i["n_tok"])),
+    _block_outputs,
+    _block_calls,
+    cases.block_cases,
+    mutates=("words",),
+)
+DRAFT_CHOOSE = _operation(
+    _CHOOSE,
+    _named(("biased", "token"), lambda i: ref.choose(i["logits"], i["bias"])),
+    _choose_outputs,
+    _choose_calls,
+    cases.choose_cases,
+    workspaces=("best", "counter"),
 )
 DRAFT_PUSH = _operation(
     _PUSH,

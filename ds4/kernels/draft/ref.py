@@ -1,4 +1,4 @@
-"""Torch references of drafting's small operations (spec model.md 7.1, 7.3)."""
+"""Torch references of drafting's small operations (spec model.md 7.1 to 7.3)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,34 @@ def tap(streams: Tensor, words: Tensor, tail: Tensor, ids: Tensor) -> tuple[Tens
     return tail, ids
 
 
+def mean(streams: Tensor, words: Tensor, tail: Tensor, ids: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """As ``tap``, of the means over ``streams`` f32 ``[n_tok, m, d]``, into columns ``first ..`` of the rows."""
+    columns = slice(first, first + streams.shape[2])
+    rows, ids = tap(streams.mean(1), words, tail[:, columns], ids)
+    tail = tail.clone()
+    tail[:, columns] = rows
+    return tail, ids
+
+
 def pairs(words: Tensor, tail: Tensor, ids: Tensor, n_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     """(words, h, tokens) of the last ``n_pairs`` pairs."""
     words, pos = words.clone(), int(words[at.POS])
     tokens = torch.cat((ring_read(ids, pos - n_pairs + 1, pos).int(), words[at.TOKENS : at.TOKENS + 1]))
     words[at.PAIR], words[at.LAST], words[at.DRAFTED] = pos - n_pairs, pos - 1, 0
     return words, ring_read(tail, pos - n_pairs, pos).contiguous(), tokens
+
+
+def block(words: Tensor, noise: int, n_tok: int) -> tuple[Tensor, Tensor]:
+    """(words, tokens i32 ``[n_tok]``) of a block of the step's first token and ``noise``."""
+    words = words.clone()
+    words[at.CHAIN], words[at.LAST], words[at.DRAFTED] = words[at.TOKENS], words[at.POS] + n_tok - 1, 0
+    return words, torch.cat((words[at.TOKENS : at.TOKENS + 1], words.new_full((n_tok - 1,), noise)))
+
+
+def choose(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(biased f32 ``[1, vocab]``, token i32 ``[1]``) from a row of logits and its bias, f32 ``[1, vocab]``."""
+    biased = logits + bias
+    return biased, biased.argmax(1).int()
 
 
 def push(token: Tensor, words: Tensor) -> Tensor:

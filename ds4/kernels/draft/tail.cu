@@ -1,11 +1,13 @@
-// draft_tap, draft_pairs: the streams of the last positions, in a ring addressed by position (spec model.md 7.1).
+// draft_tap, draft_mean, draft_pairs: what a head starts from at the last positions, in a ring addressed by position
+// (spec model.md 7.1, 7.2).
 //
 //   draft_tap     tail[(pos + t) % slots] = streams[t], ids[(pos + t) % slots] = tokens[t]
+//   draft_mean    tail[(pos + t) % slots][first ..] = ((s0 + s1) + (s2 + s3)) / 4 of the streams s of t, ids likewise
 //   draft_pairs   with first = pos - n_pairs: h[i] = tail[(first + i) % slots], tokens[i] = ids[(first + i + 1) % slots],
 //                 the last of them the step's first token, which no launch has processed; and the drafting words
 //
 // Grid (ceil(width / 1024), rows), block 256: four values of a row a thread. Copies: there is no order to keep.
-// Bytes: 8 width a row, 131 KB for V4-Flash's four streams. Latency alone: estimate, not measured, 2 us.
+// Bytes: 8 width a row, 131 KB for V4-Flash's four streams; means 20 of their width, 82 KB. Latency alone: estimate, not measured, 2 us.
 #include "loads.cuh"
 #include "words.cuh"
 
@@ -22,6 +24,26 @@ extern "C" __global__ void __launch_bounds__(256) draft_tap(const float* streams
   pdl_wait();
   const int t = blockIdx.y, slot = (words[kPos] + t) % slots;
   copy_row(streams + static_cast<size_t>(t) * width, tail + static_cast<size_t>(slot) * width, width);
+  if (blockIdx.x == 0 && threadIdx.x == 0) ids[slot] = words[kTokens + t];
+}
+
+// streams f32 [n_tok, 4, width], words i32 [64]; tail f32 [slots, pitch] IN OUT: columns first to first + width - 1; ids
+// i64 [slots] IN OUT.
+extern "C" __global__ void __launch_bounds__(256) draft_mean(const float* streams, const int* words, float* tail, long long* ids, int width, int slots, int pitch, int first) {
+  pdl_launch();
+  pdl_wait();
+  const int t = blockIdx.y, slot = (words[kPos] + t) % slots;
+  const int column = 4 * (blockIdx.x * kThreads + threadIdx.x);
+  if (column < width) {
+    const float* from = streams + 4 * static_cast<size_t>(t) * width + column;
+    Vec<float, 4> s[4], mean;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] = load_vec<4>(from + static_cast<size_t>(i) * width);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      mean[j] = __fmul_rn(0.25f, __fadd_rn(__fadd_rn(s[0][j], s[1][j]), __fadd_rn(s[2][j], s[3][j])));
+    store_vec<4>(tail + static_cast<size_t>(slot) * pitch + first + column, mean);
+  }
   if (blockIdx.x == 0 && threadIdx.x == 0) ids[slot] = words[kTokens + t];
 }
 

@@ -1,5 +1,8 @@
-// draft_push, accept: what drafting and acceptance change of the step's words (spec model.md 7.3, kernels.md d.6).
+// draft_block, draft_push, accept: what drafting and acceptance change of the step's words (spec model.md 7.2, 7.3;
+// kernels.md d.6).
 //
+//   draft_block  the tokens of a noise block, the step's first one in front; nothing is drafted, and the block's last
+//                position is the one that all of it attends from
 //   draft_push   the drafted token joins the step, and the next pair is one position on
 //   accept       n = how many drafted tokens are, one after another, what the verifier chooses in their place: the step's
 //                position moves by n + 1, and the verifier's token behind them becomes the step's first
@@ -8,6 +11,15 @@
 // Latency alone: estimate, not measured, 2 us.
 #include "ptx.cuh"
 #include "words.cuh"
+
+// words i32 [64] IN OUT; tokens i32 [n_tok] OUT. Block n_tok: a token a thread.
+extern "C" __global__ void __launch_bounds__(8) draft_block(int* words, int* tokens, int noise, int n_tok) {
+  pdl_launch();
+  pdl_wait();
+  const int row = threadIdx.x;
+  tokens[row] = row == 0 ? words[kTokens] : noise;
+  if (row == 0) words[kChain] = words[kTokens], words[kLast] = words[kPos] + n_tok - 1, words[kDrafted] = 0;
+}
 
 // token i32 [1]; words i32 [64] IN OUT. Block 4: a word a thread.
 extern "C" __global__ void __launch_bounds__(4) draft_push(const int* token, int* words) {
