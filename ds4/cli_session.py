@@ -28,6 +28,7 @@ class SessionFile:
 
     def __init__(self, name: str) -> None:
         self.path = Path(name).expanduser()
+        self._begun = 0  # tokens of the session before anything was added
         check_place(self.path)
 
     def load(self, llm: LLM, ids: Sequence[int]) -> Session:
@@ -47,14 +48,15 @@ class SessionFile:
         n, position = common_beginning(session, ids), session.position
         if position - n <= session.undoable:
             session.rewind(position - n)
+            self._begun = n
             return session
         del session  # before the new one is allocated
         say(f"{self.path}: only {n} of its {position} tokens begin this prompt, so it starts anew")
         return llm.session()
 
     def save(self, session: Session, *, quiet: bool) -> None:
-        """Write the session back, and say so unless ``quiet``; one that was broken off before it had a token is not."""
-        if not session.position:
+        """Write the session back, and say so unless ``quiet``; one that was broken off before it had a new token is not."""
+        if session.position <= self._begun:
             return
         size = session.save(self.path)
         if not quiet:

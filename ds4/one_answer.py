@@ -189,10 +189,10 @@ class _Run:
 def verify_one_answer(llm: LLM, tokens: int, progress: Callable[[int, int], None] | None = None) -> Report:
     """Compare at least ``tokens`` tokens over the matrix; ``progress(runs done, runs in all)``.
 
-    Raises Ds4Error where the model runs on a GPU, on which nothing is drafted yet.
+    Raises Ds4Error where the model runs on a GPU: the matrix has not been tried there.
     """
     if llm.backend is not None:
-        raise Ds4Error("verify: drafting on a GPU comes later; use --device cpu")
+        raise Ds4Error("verify: --one-answer compares on the CPU so far; use --device cpu")
     started, report, costs, ways = time.monotonic(), Report(), Costs(), modes(llm)
     report.prompts = max(1, min(len(LENGTHS) * len(KINDS), tokens // (len(ways) * _RUN_TOKENS)))
     n = max(4, -(-tokens // (len(ways) * report.prompts * 2)))

@@ -193,5 +193,5 @@ def test_cells_count_what_they_should() -> None:
 
 def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm(), "backend", object())
-    with pytest.raises(Ds4Error, match="verify: drafting on a GPU comes later; use --device cpu"):
+    with pytest.raises(Ds4Error, match="verify: --one-answer compares on the CPU so far; use --device cpu"):
         verify_one_answer(llm(), 10)
