@@ -55,7 +55,7 @@ class SessionFile:
         return llm.session()
 
     def save(self, session: Session, *, quiet: bool) -> None:
-        """Write the session back, and say so unless ``quiet``; one that was broken off before it had a new token is not."""
+        """Write the session back, and say so unless ``quiet``; one broken off before it had a new token is left out."""
         if session.position <= self._begun:
             return
         size = session.save(self.path)
