@@ -138,7 +138,7 @@ def test_incomplete_cases_are_found():
     operation, case = broken("")
     assert "no smoke cases" in check_complete(replace(operation, cases=lambda: []))[0]
     assert "no smoke cases" in check_complete(replace(operation, cases=lambda: [replace(case, group="edges")]))[0]
-    real = OPERATIONS[0]
+    real = next(operation for operation in OPERATIONS if operation.token_inputs)
     unused = replace(real.entries[0], name="unused")
     assert check_complete(replace(real, entries=(*real.entries, unused))) == [f"{real.name}: no case launches unused"]
     few = [one for one in cases_of(real, SMALL) if has_tokens(real, one) < TOKEN_COUNTS[-1]]
