@@ -13,6 +13,7 @@ from ds4.demo import bundled_draft_path
 from ds4.engine import LLM, Piece, Statistics
 from ds4.errors import Ds4Error
 from ds4.sampling import SamplingParams
+from ds4.speculation import DraftStatistics
 
 CPU = torch.device("cpu")
 
@@ -87,19 +88,26 @@ def test_generate_prints_what_the_kernels_said(emulated: Counting, draft: str) -
     assert emulated.launches > 0
 
 
+def as_plain(llm: LLM, prompt: str, n: int, draft: int) -> DraftStatistics:
+    """n greedy tokens with drafts are those without; what drafting brought."""
+    found = {}
+    for length in (0, draft):
+        *_, statistics = llm.generate(prompt, SamplingParams(max_tokens=n), draft=length)
+        assert isinstance(statistics, Statistics)
+        found[length] = statistics
+    assert found[0].token_ids == found[draft].token_ids
+    drafted = found[draft].draft
+    assert drafted is not None
+    assert drafted.accepted > 0
+    assert drafted.draft_seconds == 0  # in the steps' time
+    return drafted
+
+
 def test_answers_with_drafts(emulated: Counting) -> None:
     """Greedy ones are drafted and verified on the device, and the same text; drawn ones on the host, and repeatable."""
     llm, prompt = LLM(device="cuda", ctx=256), "Tell me a story about a lighthouse."
-    found = {}
-    for length in (0, 1):
-        *_, statistics = llm.generate(prompt, SamplingParams(max_tokens=9), draft=length)
-        assert isinstance(statistics, Statistics)
-        found[length] = statistics
-    assert found[0].token_ids == found[1].token_ids
-    drafted = found[1].draft
-    assert drafted is not None
-    assert 0 < drafted.accepted <= drafted.drafted
-    assert drafted.draft_seconds == 0  # in the steps' time
+    drafted = as_plain(llm, prompt, 9, draft=1)
+    assert drafted.accepted <= drafted.drafted
     drawn = []
     for _ in range(2):
         *_, statistics = llm.generate(prompt, SamplingParams(max_tokens=6, temperature=1.0, seed=5), draft=1)
@@ -115,16 +123,8 @@ def test_answers_with_blocks(emulated: Counting) -> None:
     """Of a DSpark head, in the device's own loop: the same text."""
     llm, prompt = LLM(device="cuda", ctx=256, draft_model=bundled_draft_path()), "Tell me a story about a lighthouse."
     assert llm.draft == "auto"
-    found = {}
-    for length in (0, 4):
-        *_, statistics = llm.generate(prompt, SamplingParams(max_tokens=12), draft=length)
-        assert isinstance(statistics, Statistics)
-        found[length] = statistics
-    assert found[0].token_ids == found[4].token_ids
-    drafted = found[4].draft
-    assert drafted is not None
-    assert 0 < drafted.accepted < drafted.drafted
-    assert drafted.draft_seconds == 0  # in the steps' time
+    drafted = as_plain(llm, prompt, 12, draft=4)
+    assert drafted.accepted < drafted.drafted
     with pytest.raises(Ds4Error, match="draft: this draft head drafts at most 5 tokens, 6 were wanted"):
         next(llm.generate(prompt, draft=6))
 

@@ -77,14 +77,6 @@ class StepState:
         words[at.TOKENS : at.TOKENS + len(tokens)] = tokens
         self._host.send(words)
 
-    def accepted(self, k: int) -> tuple[int, list[int]]:
-        """After ``accept`` on a draft of ``k`` tokens: how many were kept; the draft, then what comes behind the kept.
-
-        Waits for the device.
-        """
-        words = self.words.tolist()
-        return words[at.ACCEPTED], [*words[at.TOKENS + 1 : at.TOKENS + 1 + k], words[at.TOKENS]]
-
 
 class StepBuilder:
     """Collects launches; results of equal operations and shapes share their memory.

@@ -6,6 +6,7 @@ addressed by position. The rows that are missing up to a position are written wh
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class DraftStep:
     logits: Tensor
 
 
-class KernelRows:
+class KernelRows(ABC):
     """A part of a :class:`ds4.mtp.drafter.KernelDrafter`; the rest makes ``tail``, and adds ``_rows``."""
 
     tail: Tail
@@ -58,9 +59,9 @@ class KernelRows:
         s.tokens, s.pos = made["tokens"], s.state.word(PAIR)
         return s, made["h"]
 
+    @abstractmethod
     def _rows(self, s: StepBuilder, h: Tensor) -> None:
         """Append the launches that store the rows of what ``_pairs`` took."""
-        raise NotImplementedError
 
     def _publish(self, first: int, end: int) -> None:
         """Store the rows of positions ``first .. end - 1``."""

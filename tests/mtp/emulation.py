@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds4 import engine
 from ds4.engine import LLM
+from ds4.kernels.draft import words
 from ds4.session import Session
 
 
@@ -57,6 +58,20 @@ def speculated(
     return ids, torch.stack(rows), kept
 
 
+def assert_as_plain(
+    session: Session, ids: list[int], rows: Tensor, plain: tuple[list[int], Tensor, Session]
+) -> tuple[int, Session]:
+    """Tokens, logits and every live byte of the trunk's cache are those of single steps, ``plain``: its tokens, rows and
+    session. The position that was compared, and that session."""
+    assert ids == plain[0][: len(ids)]
+    assert torch.equal(rows, plain[1][: len(rows)])
+    position, other = session.position, plain[2]
+    assert session.ids == other.ids[:position]
+    live = session.cache.live(position)
+    assert all(torch.equal(live[name], part) for name, part in other.cache.live(position).items())
+    return position, other
+
+
 def stepped(session: Session, token: int, k: int, n_pairs: int, n: int) -> tuple[list[int], list[int]]:
     """n tokens or a few more from ``token`` on, by the same launches over and over without the host, as a graph has
     them: drafts of k, verification, acceptance. Tokens, and how many of each draft were kept."""
@@ -69,8 +84,8 @@ def stepped(session: Session, token: int, k: int, n_pairs: int, n: int) -> tuple
     ids, kept = [token], []
     while len(ids) < n:
         decoder.backend.run(calls)
-        n_kept, tokens = decoder.state.accepted(k)
-        ids += [*tokens[:n_kept], tokens[k]]
-        kept.append(n_kept)
+        found = decoder.state.words.tolist()
+        kept.append(found[words.ACCEPTED])
+        ids += [*found[words.TOKENS + 1 : words.TOKENS + 1 + kept[-1]], found[words.TOKENS]]
     assert decoder.state.words[0] == session.position + len(ids) - 1
     return ids, kept

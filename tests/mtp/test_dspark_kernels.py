@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuemu.backend import missing
-from emulation import emulated_llm, greedy, speculated, stepped
+from emulation import assert_as_plain, emulated_llm, greedy, speculated, stepped
 from feeding import Recorder, drafted, relative
 from torch import Tensor
 
@@ -79,12 +79,8 @@ def test_drafted_and_verified_is_plain(llm: LLM, prompt: list[int], plain: tuple
     """Tokens, logits, every live byte of the cache, and the rings; drafts accepted and rejected."""
     session = llm.session()
     ids, rows, kept = speculated(session, prompt, N, (4, 0))
-    assert ids == plain[0][: len(ids)]
-    assert torch.equal(rows, plain[1][: len(rows)])
     assert 0 < sum(kept) < 4 * len(kept)
-    position, other = session.position, plain[2]
-    live = session.cache.live(position)
-    assert all(torch.equal(live[name], part) for name, part in other.cache.live(position).items())
+    position, other = assert_as_plain(session, ids, rows, plain)
     assert torch.equal(rings(session, position), rings(other, position))
 
 
