@@ -55,6 +55,7 @@ def cases() -> list[Case]:
     return [
         *(_case(f"{name} 8 tokens", "smoke", 8, 576, 96, name, 1001) for name in ("f32", "f16", "bf16", "q8_0")),
         _case("from the start", "edges", 8, 32, 5, "q8_0", 0),
+        _case("a prompt's tokens", "edges", 37, 32, 5, "f32", 100),
         _case("around the first window", "edges", 8, 32, 5, "f32", 124),
         _case("the last positions of 1M", "edges", 8, 288, 7, "q8_0", 2**20 - 8),
         _case("the last positions that FP32 counts", "edges", 2, 32, 5, "f32", 2**24 - 2),

@@ -108,6 +108,7 @@ def score_cases() -> list[Case]:
     small = {"n_heads": 8, "top_k": 16}
     smoke = [
         _score("8 tokens", "smoke", n_tok=8, pos=4 * 40 - 3, n_entries=45, **small),
+        _score("a prompt's tokens", "edges", n_tok=70, pos=4 * 10, n_entries=45, **small),
         _score("1 token", "smoke", n_tok=1, pos=4 * 70 + 1, n_entries=70, **small),
     ]
     edges = [
@@ -183,6 +184,7 @@ def _topk(name: str, group: Group, **sizes: Any) -> Case:
 def topk_cases() -> list[Case]:
     """Smoke and edges for the emulation, with all sizes around top_k and slices; decode at V4-Flash's top_k."""
     smoke = [
+        _topk("a prompt's tokens", "edges", n_tok=70, pos=4 * 10, n_entries=45, top_k=16, draw=_integers),
         _topk("8 tokens", "smoke", n_tok=8, pos=4 * 40 - 3, n_entries=45, top_k=16, draw=_integers),
         _topk("1 token", "smoke", n_tok=1, pos=4 * 300, n_entries=600, top_k=128),
     ]

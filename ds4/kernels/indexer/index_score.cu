@@ -1,4 +1,4 @@
-// index_score: scores of the compressed entries of a CSA layer, of up to 8 tokens (spec model.md 4, kernels.md b.5).
+// index_score: scores of the compressed entries of a CSA layer, of a launch's tokens (spec model.md 4, kernels.md b.5).
 //
 //   q      = FP4(Hadamard(RoPE(q)))                           a power-of-two scale per 32 columns
 //   I[t][e] = sum over h of relu(q[t][h] . key[e]) * (weights[t][h] * weight_scale)

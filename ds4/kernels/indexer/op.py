@@ -51,7 +51,7 @@ def index_score(
              are chosen: elsewhere it is NaN on the CPU, and on a GPU whatever was there
     Order:   row t depends on its position and inputs alone, not on n_tok or n_entries, bit for bit.
     Error:   products are exact, sums FP32; a query within rounding of the middle of two FP4 codes may take the other.
-    Limits:  on a GPU 1 to 8 tokens, at most 64 heads. Raises ValueError for shapes that do not go together.
+    Limits:  on a GPU at most 64 heads; any number of tokens. Raises ValueError for shapes that do not go together.
     Source:  spec model.md 4, 5.2, 5.3.
     """
     inputs: Inputs = {"q": q, "cis": cis, "weights": weights, "keys": keys, "pos": pos}
@@ -65,7 +65,7 @@ def index_topk(scores: Tensor, pos: Tensor, *, top_k: int) -> Tensor:
     pos      i32 [1]                  position of token 0, at least 0
     returns  i32 [n_tok, top_k], rising, then -1 where n < top_k
     Order:   larger score first, of equal scores the lower index; -0 = +0, NaN is larger than any number. Exact.
-    Limits:  on a GPU 1 to 8 tokens and ceil(n_entries / 16384) top_k at most 16384. Raises ValueError beyond.
+    Limits:  on a GPU ceil(n_entries / 16384) top_k at most 16384; any number of tokens. Raises ValueError beyond.
     Source:  spec model.md 4.
     """
     return run(INDEX_TOPK, {"scores": scores, "pos": pos, "top_k": top_k})["selected"]
@@ -110,12 +110,13 @@ def _score_calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
     for name, shape in want.items():
         if tensors[name].shape != shape:
             raise ValueError(f"index_score: {name} has shape {list(tensors[name].shape)} instead of {list(shape)}")
-    if not 1 <= n_tok <= 8 or not 1 <= n_heads <= 64 or n_entries < 1:
-        raise ValueError(f"index_score: {n_tok} tokens, {n_heads} heads, {n_entries} keys: not 1 to 8, 1 to 64, some")
+    if n_tok < 1 or not 1 <= n_heads <= 64 or n_entries < 1:
+        raise ValueError(f"index_score: {n_tok} tokens, {n_heads} heads, {n_entries} keys: not some, 1 to 64, some")
     padded = 8 if n_heads <= 8 else -(-n_heads // 16) * 16  # index_score.cu: kHeads
     shared = min(n_tok, _GROUP) * padded * (2 * WIDTH + 4) + _WARPS * _TILE * KEY.row_bytes
     numbers = {"n_tok": n_tok, "n_entries": n_entries, "weight_scale": inputs["weight_scale"], "top_k": inputs["top_k"]}
-    grid = (min(-(-n_entries // _TILE), _MAX_BLOCKS), -(-n_tok // _GROUP), 1)
+    groups = -(-n_tok // _GROUP)  # with many of them a block takes more keys, so that it prepares its queries for more
+    grid = (min(-(-n_entries // _TILE), _MAX_BLOCKS, max(1, 2 * _MAX_BLOCKS // groups)), groups, 1)
     pack = ArgPack(_SCORE, tensors | numbers)
     return [KernelCall(_SCORE, _heads(n_heads), grid, (32 * _WARPS, 1, 1), shared, pack, pdl=True)]
 
@@ -138,7 +139,7 @@ def _topk_outputs(inputs: Inputs) -> Outputs:
     (n_tok, n_entries), top_k, device = inputs["scores"].shape, inputs["top_k"], inputs["scores"].device
     made = {
         "selected": torch.empty(n_tok, top_k, dtype=torch.int32, device=device),
-        "counter": torch.zeros(8, dtype=torch.int32, device=device),
+        "counter": torch.zeros(n_tok, dtype=torch.int32, device=device),
     }
     n_slices = -(-n_entries // SLICE)
     if n_slices > 1:
@@ -149,10 +150,10 @@ def _topk_outputs(inputs: Inputs) -> Outputs:
 def _topk_calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
     (n_tok, n_entries), top_k = inputs["scores"].shape, inputs["top_k"]
     n_slices = -(-n_entries // SLICE)
-    if not 1 <= n_tok <= 8 or n_entries < 1 or top_k < 1 or n_slices * top_k > SLICE:
+    if n_tok < 1 or n_entries < 1 or top_k < 1 or n_slices * top_k > SLICE:
         raise ValueError(
-            f"index_topk: top_k {top_k} of scores {[n_tok, n_entries]}: 1 to 8 tokens are needed, and "
-            f"ceil(entries / {SLICE}) top_k of at most {SLICE}"
+            f"index_topk: top_k {top_k} of scores {[n_tok, n_entries]}: ceil(entries / {SLICE}) top_k of at most "
+            f"{SLICE} is needed"
         )
     values = {"candidates": None} | outputs
     values |= {"scores": inputs["scores"], "pos": inputs["pos"], "n_entries": n_entries, "top_k": top_k}

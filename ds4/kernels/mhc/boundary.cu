@@ -58,6 +58,17 @@ extern "C" __global__ void __launch_bounds__(128) mhc_finalise(const float* stre
   if (column < HIDDEN) store_float4(x + static_cast<size_t>(blockIdx.y) * HIDDEN + column, v);
 }
 
+// The same and rounded bf16 [N_TOK, HIDDEN] OUT, what products of the prefill form take.
+extern "C" __global__ void __launch_bounds__(128) mhc_finalise_bf16(const float* streams, const float* partials, const float* scale, const float* base, const float* norm, float* x, float* post, float* comb, __nv_bfloat16* rounded, int iters, float hc_eps, float norm_eps) {
+  if (blockIdx.x == 0) return mixing_weights(partials, scale, base, post, comb, iters, hc_eps, norm_eps);
+  const int column = (blockIdx.x - 1) * 512 + threadIdx.x * 4;
+  const float4 v = collapse<kRows>(streams, partials, scale, base, norm, hc_eps, norm_eps, column);
+  if (column >= HIDDEN) return;
+  const size_t at = static_cast<size_t>(blockIdx.y) * HIDDEN + column;
+  store_float4(x + at, v);
+  *reinterpret_cast<uint2*>(rounded + at) = make_uint2(f32x2_to_bf16(v.x, v.y), f32x2_to_bf16(v.z, v.w));
+}
+
 // The same and codes e4m3 [N_TOK, HIDDEN] OUT, exponents e8m0 [N_TOK, HIDDEN / 128] OUT; HIDDEN a multiple of 128.
 extern "C" __global__ void __launch_bounds__(128) mhc_finalise_fp8(const float* streams, const float* partials, const float* scale, const float* base, const float* norm, float* x, float* post, float* comb, unsigned char* codes, unsigned char* exponents, int iters, float hc_eps, float norm_eps) {
   if (blockIdx.x == 0) return mixing_weights(partials, scale, base, post, comb, iters, hc_eps, norm_eps);

@@ -25,6 +25,7 @@ _X = Close(
 _WEIGHTS = Close(2e-6, 2e-6, "logits off by some 1e-6, the gates by a quarter of that; both Sinkhorn forms converge")
 _ACTS: dict[str, dict[str, Compare]] = {
     "none": {},
+    "bf16": {"rounded": Close(1e-6, 2.0**-7, "x on two sides of a rounding boundary of bf16: one step")},
     "fp8": {
         "codes": Close(2.0**-9, 2.0**-3, "x on two sides of a rounding boundary of e4m3: one step"),
         "exponents": Exact(),  # no block of the seeded cases has its largest value near a power of two times 448
@@ -116,6 +117,8 @@ def _cases(site: str, act: str) -> list[Case]:
     case = partial(_case, site=site, act=act)
     smoke = [case(f"{fn} 8 tokens", "smoke", n_tok=8, d=256, fn=fn) for fn in _DTYPES]
     smoke += [case("nothing pending", "smoke", n_tok=3, d=256, fn="f32", pending=False)]
+    if act == "bf16":
+        smoke += [case("groups of 8 tokens", "smoke", n_tok=24, d=256, fn="f32")]
     edges = [
         case("one token", "edges", n_tok=1, d=128, fn="f16"),
         case("more than 8 tokens", "edges", n_tok=11, d=128, fn="f32"),

@@ -18,7 +18,7 @@ from ds4.kernels.proj.ref import Rows
 from ds4.kernels.registry import Operation, register, run
 from ds4.weights.formats.block_scale import quantize_e4m3
 
-Act = Literal["none", "fp8", "int8"]
+Act = Literal["none", "bf16", "fp8", "int8"]
 N_STREAMS = 4
 N_MIX = (2 + N_STREAMS) * N_STREAMS
 N_GRAM = 10
@@ -37,6 +37,7 @@ _NUMBERS = (("iters", "i32"), ("hc_eps", "f32"), ("norm_eps", "f32"))
 # What each form of activations adds to the results: name, pointer type, dtype, columns that share an element.
 _ACTS: dict[Act, tuple[tuple[str, str, torch.dtype, int], ...]] = {
     "none": (),
+    "bf16": (("rounded", "bf16*", torch.bfloat16, 1),),
     "fp8": (("codes", "u8*", torch.float8_e4m3fn, 1), ("exponents", "u8*", torch.uint8, FP8_BLOCK)),
     "int8": (
         ("codes", "i8*", torch.int8, 1),
@@ -91,7 +92,7 @@ def mhc_boundary(
     streams  f32 [n_tok, 4, d]             UPDATED IN PLACE
     post     f32 [n_tok, 4] or None, comb f32 [n_tok, 4, 4] or None   of the previous sublayer, with y
     fn       f32 | f16 [24, 4 d], scale f32 [3], base f32 [24], norm f32 [d]
-    act      "fp8": act = (codes float8_e4m3fn [n_tok, d], exponents u8 e8m0 [n_tok, d / 128]), official rounding;
+    act      "bf16": act = (rounded bf16 [n_tok, d],); "fp8": act = (codes float8_e4m3fn [n_tok, d], exponents u8 e8m0 [n_tok, d / 128]), official rounding;
              "int8": act = (codes i8 [n_tok, d], scales f32 [n_tok, d / 32], sums i32 [n_tok, d / 16]), see mhc/act.py
     numerics, rows  CPU only: rounding points of the official code, and the rows of a decode launch that carry tokens
     returns  streams (the input), x f32 [n_tok, d], the next sublayer's post and comb, act
@@ -116,7 +117,9 @@ def mhc_boundary(
 def quantized(x: Tensor, act: Act) -> dict[str, Tensor]:
     """x f32 [n_tok, d] in a form of activations, the tensors by name: the definition of what the kernels add."""
     made: tuple[Tensor, ...] = ()
-    if act != "none":
+    if act == "bf16":
+        made = (x.to(torch.bfloat16),)
+    elif act != "none":
         made = quantize_e4m3(x, FP8_BLOCK) if act == "fp8" else quantize_int8(x)
     return {name: value for (name, *_), value in zip(_ACTS[act], made, strict=True)}
 
@@ -189,7 +192,7 @@ def _calls(inputs: Inputs, outputs: Outputs, act: Act) -> list[KernelCall]:
     n_tok, d = check_shapes("mhc_boundary", inputs, N_MIX, 3)
     if act == "fp8" and d % FP8_BLOCK:
         raise ValueError(f"mhc_boundary: d = {d} is no multiple of 128, the block of fp8 activations")
-    constants = constant_set(HIDDEN=d, N_TOK=n_tok)
+    constants = constant_set(HIDDEN=d, N_TOK=n_tok if n_tok % 8 else 8)
     first, second = _PARTIALS[FN_TYPES[inputs["fn"].dtype]], _FINALISE[act]
     mix = ArgPack(first, pending_of(inputs) | {"fn": inputs["fn"], "partials": outputs["partials"]})
     values = {name: inputs[name] for name in ("streams", "scale", "base", "norm", "hc_eps", "norm_eps")}

@@ -8,7 +8,7 @@
 // The trace of G is the sum of squares that the logits are normed with, and p^T G p is the sum of squares of the collapsed
 // row sum p_n s[n], so that the second half can norm its columns without seeing the others.
 //
-// Grid (HIDDEN / 32, ceil(N_TOK / 8)), 256 threads. A block owns 32 columns of up to 8 tokens. Lane l holds stream l / 8,
+// Grid (HIDDEN / 32, ceil(n_tok / 8)), 256 threads. N_TOK is n_tok, or 8 for all its multiples. A block owns 32 columns of up to 8 tokens. Lane l holds stream l / 8,
 // columns 4 (l % 8) .. + 3, in both parts:
 //   1  warp t makes the streams of token t, keeps them in shared memory for all warps, and sums its products for G;
 //   2  warp w has taken its kRows / 8 rows of fn into registers before anything else, and dots them with every token.
@@ -110,7 +110,8 @@ __device__ __forceinline__ void stream_partials(const float* y, const float* pos
   __shared__ float4 fresh[kTokens][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n = lane / 8;
   const int column = blockIdx.x * kColumns + lane % 8 * 4, first_row = warp * kRowsPerWarp;
-  const int first_token = N_TOK > kTokens ? blockIdx.y * kTokens : 0;
+  const int first_token = blockIdx.y * kTokens;
+  const int n_mine = N_TOK % kTokens == 0 ? kTokens : min(kTokens, N_TOK - first_token);
   uint4 raw[kRowsPerWarp];
 #pragma unroll
   for (int r = 0; r < kRowsPerWarp; ++r) {
@@ -120,7 +121,7 @@ __device__ __forceinline__ void stream_partials(const float* y, const float* pos
   pdl_launch();
   pdl_wait();
   const int my_token = first_token + warp;
-  if (warp < kTokens && my_token < N_TOK) {
+  if (warp < n_mine) {
     const float4 v = resolve(y, post, comb, streams, my_token, n, column);
     fresh[warp][lane] = v;
     write_gram(v, n, lane, partials + (static_cast<size_t>(my_token) * (kRows + kGram) + kRows) * kChunkStride + blockIdx.x);
@@ -129,7 +130,7 @@ __device__ __forceinline__ void stream_partials(const float* y, const float* pos
   if (first_row >= kRows) return;
 #pragma unroll
   for (int t = 0; t < kTokens; ++t) {
-    if (first_token + t >= N_TOK) break;
+    if (t >= n_mine) break;
     const float4 v = fresh[t][lane];
     float* rows = partials + static_cast<size_t>(first_token + t) * (kRows + kGram) * kChunkStride + blockIdx.x;
 #pragma unroll
