@@ -18,7 +18,19 @@ from ds4.kernels.cases import Case, Inputs, Outputs
 from ds4.kernels.entry import Backend, Constants, Entry, KernelCall
 
 # Folders of ds4/kernels with an op.py.
-FAMILIES: tuple[str, ...] = ("attn", "draft", "embed", "head", "indexer", "kv_publish", "mhc", "moe", "proj", "route")
+FAMILIES: tuple[str, ...] = (
+    "attn",
+    "draft",
+    "embed",
+    "gemm",
+    "head",
+    "indexer",
+    "kv_publish",
+    "mhc",
+    "moe",
+    "proj",
+    "route",
+)
 
 
 @dataclass(frozen=True)

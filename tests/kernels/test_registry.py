@@ -184,6 +184,15 @@ def test_a_result_that_depends_on_the_neighbour_is_found_where_tokens_are_alone(
     assert "tokens 1 to 1 of 8: y: 4 of 4 differ" in line
 
 
+def test_rows_behind_the_live_tokens_are_not_compared(tmp_path):
+    stateless = toy_operation.operation(tmp_path, stateless=True)
+    (case,) = stateless.cases()
+    for count, n_found in ((1, 0), (2, 1)):  # the fault is in the second row
+        counted = replace(case, make=lambda *where, n=count: case.make(*where) | {"count": torch.tensor([n])})
+        found = check_tokens(stateless, counted, PythonBackend("depends on the neighbour"), CPU)
+        assert len(found) == n_found, found
+
+
 def test_a_second_run_that_differs_is_found(toy, case):
     *_, line = check_launches(toy, case, PythonBackend("not repeatable"), CPU)
     assert line.startswith("toy/small seed 0: second launch: y: 1 of 32 differ")

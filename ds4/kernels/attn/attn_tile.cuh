@@ -7,9 +7,9 @@
 #pragma once
 
 #include "attn_rows.cuh"
-#include "convert.cuh"
 #include "loads.cuh"
 #include "reduce.cuh"
+#include "row_values.cuh"
 
 constexpr int kColumns = 64;                    // a warp's
 constexpr int kWarps = kHeadDim / kColumns;
@@ -18,19 +18,6 @@ constexpr int kGroups = kTile / 8;              // of rows in a lane
 constexpr int kSteps = kColumns / 16;           // of an mma along the columns
 constexpr int kRowPitch = kColumns + 8;         // of bf16 in shared memory: 8 rows of 16 bytes touch every bank once
 static_assert(kColumns == kRowBlock && kRopeDim == kColumns, "a warp's columns share one scale");
-
-// Four e4m3 codes -> bf16, exact. As bf16's upper bits a code counts 2^-120 of its value, subnormals too.
-__device__ __forceinline__ void e4m3x4_to_bf16(unsigned codes, unsigned& first, unsigned& second) {
-  const __nv_bfloat162 mend = __bfloat162bfloat162(__ushort_as_bfloat16(0x7b80));  // 2^120
-  unsigned pair[2] = {__byte_perm(codes, 0, 0x1404), __byte_perm(codes, 0, 0x3424)};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const unsigned bits = (pair[i] & 0x80008000u) | (pair[i] >> 4 & 0x07f007f0u);
-    const __nv_bfloat162 value = __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), mend);
-    pair[i] = reinterpret_cast<const unsigned&>(value);
-  }
-  first = pair[0], second = pair[1];
-}
 
 // x = high + low within 2^-18 of it, both bf16, two values a register.
 __device__ __forceinline__ void split_bf16(float x, float y, unsigned& high, unsigned& low) {
@@ -87,10 +74,12 @@ struct RawTile {
       }
       return;
     }
+    // 2^120 twice; as a plain constant it makes the kernel spill on sm_100a
+    const unsigned mend = as_word(__bfloat162bfloat162(__ushort_as_bfloat16(0x7b80)));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      e4m3x4_to_bf16(codes[i][j].x, words[4 * j], words[4 * j + 1]);
-      e4m3x4_to_bf16(codes[i][j].y, words[4 * j + 2], words[4 * j + 3]);
+      e4m3x4_to_bf16(codes[i][j].x, mend, words[4 * j], words[4 * j + 1]);
+      e4m3x4_to_bf16(codes[i][j].y, mend, words[4 * j + 2], words[4 * j + 3]);
       stored[j] = make_uint4(words[4 * j], words[4 * j + 1], words[4 * j + 2], words[4 * j + 3]);
     }
   }
@@ -110,9 +99,9 @@ struct Scales {
 
 // Two pairs of columns turned by (cos, sin, cos, sin), the other way with sign -1.
 __device__ __forceinline__ float4 rotated(float4 v, float4 turn, float sign) {
-  const float sin0 = sign * turn.y, sin1 = sign * turn.w;
-  return make_float4(fmaf(v.x, turn.x, -__fmul_rn(v.y, sin0)), fmaf(v.x, sin0, __fmul_rn(v.y, turn.x)),
-                     fmaf(v.z, turn.z, -__fmul_rn(v.w, sin1)), fmaf(v.z, sin1, __fmul_rn(v.w, turn.z)));
+  const float2 first = rotated(make_float2(v.x, v.y), make_float2(turn.x, turn.y), sign);
+  const float2 second = rotated(make_float2(v.z, v.w), make_float2(turn.z, turn.w), sign);
+  return make_float4(first.x, first.y, second.x, second.y);
 }
 
 // A lane's part of 16 queries in its warp's columns, of heads g and g + 8.

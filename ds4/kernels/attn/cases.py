@@ -78,7 +78,7 @@ def random_inputs(
     return moved | {"window": WINDOW, "ratio": ratio, "eps": EPS}
 
 
-def _sinks(inputs: Inputs) -> None:
+def sinks(inputs: Inputs) -> None:
     """Sinks that take nothing, half, almost all and everything."""
     inputs["sink"][:] = torch.tensor([-torch.inf, 3.5, 80.0, torch.inf])
 
@@ -119,7 +119,7 @@ def _peaked(inputs: Inputs) -> None:
     inputs["q"][0, :4, 448:] = torch.view_as_real(turned).flatten(1)
 
 
-def _sizes_of_queries(inputs: Inputs) -> None:
+def sizes_of_queries(inputs: Inputs) -> None:
     """Raw queries from 1e-6, where eps shows, to 1e6."""
     inputs["q"] *= 10.0 ** torch.linspace(-6, 6, inputs["q"].shape[1]).unsqueeze(-1)
 
@@ -150,12 +150,12 @@ def cases() -> list[Case]:
         _case("top 128 of more", "edges", 2, 20, 1000, ratio=4, top_k=128),
         _case("capacity of many more rows", "edges", 1, 4, 300, ratio=128, spare=1000),
         _case("several tiles a span", "edges", 1, 4, 128 * 1921 - 2, ratio=128),
-        _case("sinks", "edges", 1, 4, 40, change=_sinks),
+        _case("sinks", "edges", 1, 4, 40, change=sinks),
         _case("rows of zeros", "edges", 1, 4, 150, ratio=128, change=_zero_rows),
         _case("sizes of blocks", "edges", 2, 4, 300, ratio=128, change=_scales, compare=_LARGE),
         _case("smallest scales", "edges", 1, 4, 60, change=_extreme_exponents),
         _case("peaked scores", "edges", 1, 4, 200, change=_peaked),
-        _case("sizes of queries", "edges", 2, 4, 70, change=_sizes_of_queries),
+        _case("sizes of queries", "edges", 2, 4, 70, change=sizes_of_queries),
     ]
     decode = [_case("SWA n=1", "decode", 1, 64, 5000)]
     decode += [_case(f"CSA n={n}", "decode", n, 64, 8000, ratio=4, top_k=512) for n in (1, 2, 8)]

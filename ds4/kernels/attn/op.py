@@ -1,4 +1,5 @@
-"""``attn_decode``: the attention core of the decode step, from raw queries and packed rows; its kernels."""
+"""``attn_decode``: the attention core of the decode step, from raw queries and packed rows; its kernels. The prefill
+form is registered from here."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ds4.kernels.attn import ref
 from ds4.kernels.attn.cases import cases
+from ds4.kernels.attn.prefill_op import ATTN_PREFILL, attn_prefill
 from ds4.kernels.cases import Inputs, Outputs
 from ds4.kernels.common import apply_rope
 from ds4.kernels.entry import ArgPack, Entry, KernelCall, constant_set
@@ -14,6 +16,8 @@ from ds4.kernels.numerics import Numerics
 from ds4.kernels.registry import Operation, register, run
 from ds4.kv.ring import ring_read
 from ds4.kv.rows import PackedRow
+
+__all__ = ["ATTN_DECODE", "ATTN_PREFILL", "attn_decode", "attn_prefill"]
 
 HEAD_DIM, ROPE_DIM = 512, 64
 _ROW = PackedRow(HEAD_DIM - ROPE_DIM, ROPE_DIM)

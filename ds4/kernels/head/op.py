@@ -10,13 +10,14 @@ from ds4.kernels.entry import ArgPack, Constants, Entry, KernelCall, constant_se
 from ds4.kernels.head import ref
 from ds4.kernels.head.cases import cases
 from ds4.kernels.head.hc_head_op import HC_HEAD, hc_head
+from ds4.kernels.head.last_rows_op import LAST_ROWS
 from ds4.kernels.head.sample_op import SAMPLE, sample, sample_params
 from ds4.kernels.packing import PACKINGS, Planes
 from ds4.kernels.packing.arguments import plane_params, planes_among
 from ds4.kernels.proj.plan import THREADS, n_blocks, rows_plan
 from ds4.kernels.registry import Operation, register, run
 
-__all__ = ["HC_HEAD", "LM_HEAD", "SAMPLE", "hc_head", "lm_head", "sample", "sample_params"]
+__all__ = ["HC_HEAD", "LAST_ROWS", "LM_HEAD", "SAMPLE", "hc_head", "lm_head", "sample", "sample_params"]
 
 _RESULTS = (
     ("logits", "f32*"),

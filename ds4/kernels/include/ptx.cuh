@@ -137,6 +137,13 @@ __device__ __forceinline__ unsigned and_or(unsigned a, unsigned mask, unsigned o
   return d;
 }
 
+// x, by a way that the compiler does not see through: what a loop computes from it is computed in every pass and takes no
+// register in between.
+__device__ __forceinline__ unsigned opaque(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---------------------------------------------------------------- global memory
 
 // 16 bytes that nobody writes during the launch and that are read once: kept out of L1. `p` is a multiple of 16.

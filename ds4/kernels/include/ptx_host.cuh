@@ -148,6 +148,7 @@ inline void pdl_wait() { cuemu::cuemu_wait_predecessor(); }
 inline void pdl_launch() {}
 
 inline unsigned and_or(unsigned a, unsigned mask, unsigned other) { return (a & mask) | other; }
+inline unsigned opaque(unsigned x) { return x; }
 
 inline uint4 load_stream16(const void* p) { return cuemu::load(static_cast<const uint4*>(p)); }
 inline uint2 load_stream8(const void* p) { return cuemu::load(static_cast<const uint2*>(p)); }

@@ -21,11 +21,6 @@ MUTATES: dict[Kind, tuple[str, ...]] = {
     "hca": ("ring", "state", "pool"),
     "csa": ("ring", "state", "pool", "key_state", "keys"),
 }
-# Names of a compressor's tensors: raw values, gates, position bias, norm, state, entries; and their packing.
-_COMPRESSORS = {
-    "comp": (("comp_kv", "comp_gate", "ape", "comp_norm", "state", "pool"), ref.ROW.pack),
-    "idx": (("idx_kv", "idx_gate", "idx_ape", "idx_norm", "key_state", "keys"), ref.KEY.pack),
-}
 _QR = Close(0, 1e-6, "a sum of squares in another order, a root and two products: a few 2^-24 of the value")
 # What sums, exponentials and roots may be off by, of a value and of its row's root mean square: makers draw again until
 # that changes no stored code. Measured as 3e-7; a GPU's expf and rsqrtf add 2^-23 each, which the norm can enlarge.
@@ -43,19 +38,23 @@ def _clear(x: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
     return (pack(x + margin) == pack(x - margin)).all(1)
 
 
-def clear_of_boundaries(inputs: Inputs) -> Tensor:
-    """bool [n_tok]: tokens whose row, and whatever entry and key they close, no rounding of sums can change."""
+def clear_of_boundaries(inputs: Inputs) -> dict[str, Tensor]:
+    """bool [n_tok] each: tokens of which no rounding of sums can change the row ("kv"), the entry ("comp") or the key
+    ("idx") that they close."""
     start, eps, n_tok = int(inputs["pos"]), inputs["eps"], inputs["kv"].shape[0]
     row = ref.ring_row(inputs["kv"], inputs["kv_norm"], torch.view_as_complex(inputs["cis"]), eps)
-    clear = _clear(row, ref.ROW.pack)
-    for prefix, (names, pack) in _COMPRESSORS.items():
+    clear = {"kv": _clear(row, ref.ROW.pack)}
+    for prefix, names in ref.COMPRESSORS.items():
         if names[0] not in inputs:
             continue
+        clear[prefix] = torch.ones(n_tok, dtype=torch.bool)
         kv, gate, ape, norm, state, _ = (inputs[name] for name in names)
-        state = ref.publish_raw(kv, gate, ape, state, start)
+        state = ref.publish_raw(kv, gate, ape, ref.lengthened(state, start, n_tok), start)
         cis, ratio = torch.view_as_complex(inputs["entry_cis"]), ape.shape[0]
-        for entry, value in ref.closed_entries(state, start, n_tok, norm, cis, eps, ratio, indexer=prefix == "idx"):
-            clear[(entry + 1) * ratio - 1 - start] &= _clear(value, pack)[0]
+        pack = ref.KEY.pack if prefix == "idx" else ref.ROW.pack
+        first, entries = ref.closed_entries(state, start, n_tok, norm, cis, eps, ratio, indexer=prefix == "idx")
+        if len(entries):
+            clear[prefix][(first + 1) * ratio - 1 - start :: ratio] = _clear(entries, pack)
     return clear
 
 
@@ -110,14 +109,15 @@ def random_inputs(
         inputs |= {"idx_ape": normal(4, 256), "idx_norm": gain(128), "keys": codes(room, ref.KEY.row_bytes)}
         raw |= {"idx_kv": (256, kv_scale), "idx_gate": (256, gate_scale)}
         inputs["key_state"] = raw_rows(slots, 256)
-    bad = torch.ones(n_tok, dtype=torch.bool)
     inputs |= {name: torch.empty(n_tok, width) for name, (width, _) in raw.items()}
-    while bad.any():
+    clear = dict.fromkeys(("kv", "comp", "idx"), torch.zeros(n_tok, dtype=torch.bool))
+    while not all(tokens.all() for tokens in clear.values()):
         for name, (width, scale) in raw.items():
+            bad = ~clear[name.split("_")[0]]
             inputs[name][bad] = normal(int(bad.sum()), width, scale=scale)
-        if kind == "hca":  # an entry is little but its state
+        if kind == "hca" and not clear["comp"].all():  # an entry is little but its state
             inputs["state"] = raw_rows(slots, 512)
-        bad = ~clear_of_boundaries(inputs)
+        clear = clear_of_boundaries(inputs)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 

@@ -19,47 +19,21 @@
 //
 // Bytes: some 20 KB a token, in HCA 512 KB where a window closes. Latency alone: position, rows, two barriers.
 // Estimates, not measured: 3 us, with a closing HCA window 8 us on one multiprocessor.
-#include "pool.cuh"
+#include "roles.cuh"
 
 #if !defined(Q_LORA)
 #error "Q_LORA must be defined"
 #endif
 
-constexpr int kThreads = 128;
-static_assert(Q_LORA % 4 == 0, "rows are read 16 bytes at a time");
 enum Role { kEntry, kRow, kNorm, kAppend, kKey, kKeyAppend };  // by blockIdx.x; the longest comes first
 
 template <int kBlock>
 __device__ __forceinline__ void norm_q(const float* q_a, const float* q_norm, float* qr, float eps) {
-  constexpr int kLoads = (Q_LORA / 4 + kBlock - 1) / kBlock;
   const size_t row = static_cast<size_t>(blockIdx.y) * Q_LORA;
-  Four gain[kLoads], v[kLoads];
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int column = 4 * (threadIdx.x + i * kBlock);
-    gain[i] = column < Q_LORA ? load_vec<4>(q_norm + column) : four_of(0.f);
-  }
+  Latent<Q_LORA, kBlock> gain;
+  gain.load(q_norm);
   pdl_wait();
-  float squares = 0.f;
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int column = 4 * (threadIdx.x + i * kBlock);
-    v[i] = column < Q_LORA ? load_vec<4>(q_a + row + column) : four_of(0.f);
-    squares = sum_of_squares(v[i], squares);
-  }
-  squares = block_sum(squares);
-#pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int column = 4 * (threadIdx.x + i * kBlock);
-    if (column < Q_LORA) store_vec<4>(qr + row + column, normed<Q_LORA>(v[i], squares, eps, gain[i]));
-  }
-}
-
-// Columns of a gain or of a row in this thread; zeros behind the last.
-template <int kColumns>
-__device__ __forceinline__ Four load_mine(const float* p) {
-  const int column = 4 * threadIdx.x;
-  return column < kColumns ? load_vec<4>(p + column) : four_of(0.f);
+  norm_latent(q_a + row, gain, qr + row, eps);
 }
 
 __device__ __forceinline__ void publish_row(const float* kv, const int* pos, const float* cis, const float* kv_norm,
@@ -68,9 +42,7 @@ __device__ __forceinline__ void publish_row(const float* kv, const int* pos, con
   const Four gain = load_mine<kHeadDim>(kv_norm);
   pdl_wait();
   unsigned char* row = ring + static_cast<size_t>((pos[0] + token) % ring_slots) * kRowBytes;
-  const Four turn = load_turn<kHeadDim>(cis + token * kRopeDim, 4 * threadIdx.x);
-  const Four v = load_mine<kHeadDim>(kv + static_cast<size_t>(token) * kHeadDim);
-  finish_row(v, gain, turn, eps, row);
+  store_row(kv + static_cast<size_t>(token) * kHeadDim, cis + token * kRopeDim, gain, eps, row);
 }
 
 // The entry that a token at position p closes, or -1.
@@ -97,11 +69,10 @@ extern "C" __global__ void __launch_bounds__(512) kv_publish_hca(const float* q_
   const Four gain = load_mine<kHeadDim>(comp_norm);
   pdl_wait();
   const Raw<kHeadDim> raw{comp_kv, comp_gate, ape, state, pos[0], state_slots, ratio};
-  if (role == kAppend) return append<kHeadDim, kHcaThreads>(raw, token);
+  if (role == kAppend) return append<kHeadDim, kHcaThreads>(raw, token, state);
   const int entry = closed_entry(raw.first + token, ratio, n_entries);
   if (entry < 0) return;
-  const Four turn = load_turn<kHeadDim>(entry_cis + token * kRopeDim, 4 * threadIdx.x);
-  finish_row(pool_hca(raw, entry), gain, turn, eps, pool + static_cast<size_t>(entry) * kRowBytes);
+  store_hca(raw, entry, entry_cis + token * kRopeDim, gain, eps, pool);
 }
 
 // As kv_publish_hca with comp_kv, comp_gate f32 [n_tok, 1024], ape f32 [4, 1024], state f32 [state_slots, 2, 1024]; and
@@ -116,16 +87,11 @@ extern "C" __global__ void __launch_bounds__(128) kv_publish_csa(const float* q_
   pdl_wait();
   const Raw<2 * kHeadDim> raw{comp_kv, comp_gate, ape, state, pos[0], state_slots, kCsaRatio};
   const Raw<2 * kKeyDim> raw_key{idx_kv, idx_gate, idx_ape, key_state, raw.first, key_slots, kCsaRatio};
-  if (role == kAppend) return append<2 * kHeadDim, kThreads>(raw, token);
-  if (role == kKeyAppend) return append<2 * kKeyDim, kThreads>(raw_key, token);
-  const int entry = closed_entry(raw.first + token, kCsaRatio, n_entries), column = 4 * threadIdx.x;
+  if (role == kAppend) return append<2 * kHeadDim, kThreads>(raw, token, state);
+  if (role == kKeyAppend) return append<2 * kKeyDim, kThreads>(raw_key, token, key_state);
+  const int entry = closed_entry(raw.first + token, kCsaRatio, n_entries);
   if (entry < 0) return;
-  if (role == kEntry) {
-    const Four turn = load_turn<kHeadDim>(entry_cis + token * kRopeDim, column);
-    unsigned char* row = pool + static_cast<size_t>(entry) * kRowBytes;
-    return finish_row(pool_csa(raw, entry, column), row_gain, turn, eps, row);
-  }
-  if (column >= kKeyDim) return;
-  const Four turn = load_turn<kKeyDim>(entry_cis + token * kRopeDim, column);
-  finish_key(pool_csa(raw_key, entry, column), key_gain, turn, eps, keys + static_cast<size_t>(entry) * kKeyBytes);
+  const float* turn = entry_cis + token * kRopeDim;
+  if (role == kEntry) return store_csa(raw, entry, turn, row_gain, eps, pool);
+  store_key(raw_key, entry, turn, key_gain, eps, keys);
 }

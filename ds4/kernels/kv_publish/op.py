@@ -1,4 +1,5 @@
-"""``kv_publish``: what attention will read of a launch's tokens goes to the caches. One operation a kind of layer.
+"""``kv_publish``: what attention will read of a launch's tokens goes to the caches. One operation a kind of layer. The
+prefill form, ``kv_prefill``, is registered from here.
 
 Inputs of all three:
     q_a     f32 [n_tok, q_lora], kv f32 [n_tok, 512]: projections of the tokens at positions pos[0], pos[0] + 1, ...
@@ -32,16 +33,18 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ds4.kernels.cases import Inputs, Outputs
 from ds4.kernels.entry import ArgPack, Entry, KernelCall, constant_set
 from ds4.kernels.kv_publish import ref
 from ds4.kernels.kv_publish.cases import MUTATES, Kind, lookback, publish_cases
+from ds4.kernels.kv_publish.prefill_op import KV_PREFILL
+from ds4.kernels.kv_publish.shapes import TOKEN_INPUTS, check_inputs, ratio_of, sizes
 from ds4.kernels.registry import Operation, register
 
+__all__ = ["KV_PREFILL", "KV_PUBLISH_CSA", "KV_PUBLISH_HCA", "KV_PUBLISH_SWA"]
+
 MAX_TOKENS = 8
-HEAD_DIM, ROPE_PAIRS, KEY_DIM = 512, 32, 128
 _BLOCK = {"swa": 128, "csa": 128, "hca": 512}  # kv_publish.cu: threads, and roles of a token
 _ROLES = {"swa": 2, "csa": 6, "hca": 4}
 
@@ -79,59 +82,18 @@ def _outputs(inputs: Inputs) -> Outputs:
     return {"qr": torch.empty_like(inputs["q_a"])}
 
 
-def _expected(kind: Kind, n_tok: int, q_lora: int, ratio: int) -> dict[str, tuple[int | None, ...]]:
-    """Shape of every tensor; None: any size."""
-    turn = (n_tok, ROPE_PAIRS, 2)
-    shapes: dict[str, tuple[int | None, ...]] = {"q_a": (n_tok, q_lora), "kv": (n_tok, HEAD_DIM), "pos": (1,)}
-    shapes |= {"cis": turn, "q_norm": (q_lora,), "kv_norm": (HEAD_DIM,), "ring": (None, ref.ROW.row_bytes)}
-    if kind != "swa":
-        width = HEAD_DIM * (2 if kind == "csa" else 1)
-        shapes |= {"comp_kv": (n_tok, width), "comp_gate": (n_tok, width), "entry_cis": turn, "ape": (ratio, width)}
-        shapes |= {"comp_norm": (HEAD_DIM,), "state": (None, 2, width), "pool": (None, ref.ROW.row_bytes)}
-    if kind == "csa":
-        width = 2 * KEY_DIM
-        shapes |= {"idx_kv": (n_tok, width), "idx_gate": (n_tok, width), "idx_ape": (ratio, width)}
-        shapes |= {"idx_norm": (KEY_DIM,), "key_state": (None, 2, width), "keys": (None, ref.KEY.row_bytes)}
-    return shapes
-
-
-def _check(kind: Kind, inputs: Inputs) -> None:
-    """Raises ValueError where shapes do not go together or a ring is too short for the launch."""
-    n_tok, q_lora = inputs["q_a"].shape
-    ratio = 0 if kind == "swa" else ref.CSA_RATIO if kind == "csa" else inputs["ape"].shape[0]
-    for name, want in _expected(kind, n_tok, q_lora, ratio).items():
-        shape = tuple(inputs[name].shape)
-        if len(shape) != len(want) or any(n not in (None, m) for n, m in zip(want, shape, strict=True)):
-            raise ValueError(f"kv_publish_{kind}: {name} is {list(shape)}, not {list(want)}")
-    if not 1 <= n_tok <= MAX_TOKENS or q_lora % 4 or ratio % 4:
-        raise ValueError(f"kv_publish_{kind}: {n_tok} tokens, q_lora {q_lora}, ratio {ratio}: 1 to 8, multiples of 4")
-    slots = {"ring": n_tok}
-    if kind != "swa":
-        slots |= {name: lookback(kind, ratio) + n_tok - 1 for name in ("state", "key_state") if name in inputs}
-    for name, least in slots.items():
-        if inputs[name].shape[0] < least:
-            raise ValueError(f"kv_publish_{kind}: {name} has {inputs[name].shape[0]} slots; {least} are needed")
-    if kind == "csa" and inputs["pool"].shape[0] != inputs["keys"].shape[0]:
-        raise ValueError("kv_publish_csa: pool and keys have different numbers of entries")
-
-
 def _calls(inputs: Inputs, outputs: Outputs, kind: Kind) -> list[KernelCall]:
-    _check(kind, inputs)
-    entry, n_tok = _ENTRIES[kind], inputs["q_a"].shape[0]
-    values: dict[str, Tensor | float | int] = {"ring_slots": inputs["ring"].shape[0], "qr": outputs["qr"]}
-    if kind != "swa":
-        values |= {"state_slots": inputs["state"].shape[0], "n_entries": inputs["pool"].shape[0]}
-    if kind == "csa":
-        values["key_slots"] = inputs["key_state"].shape[0]
-    if kind == "hca":
-        values["ratio"] = inputs["ape"].shape[0]
-    values |= {name: inputs[name] for name, _ in entry.params if name not in values}
-    constants = constant_set(Q_LORA=inputs["q_a"].shape[1])
+    entry, (n_tok, q_lora) = _ENTRIES[kind], inputs["q_a"].shape
+    state_slots = lookback(kind, ratio_of(kind, inputs)) + n_tok - 1
+    slots = {"ring": n_tok, "state": state_slots, "key_state": state_slots}
+    check_inputs(f"kv_publish_{kind}", kind, inputs, MAX_TOKENS, slots)
+    values = sizes(inputs) | inputs | outputs
     grid, block = (_ROLES[kind], n_tok, 1), (_BLOCK[kind], 1, 1)
-    return [KernelCall(entry, constants, grid, block, 0, ArgPack(entry, values), pdl=True)]
+    pack = ArgPack(entry, {name: values[name] for name, _ in entry.params})
+    return [KernelCall(entry, constant_set(Q_LORA=q_lora), grid, block, 0, pack, pdl=True)]
 
 
-def _operation(kind: Kind, token_inputs: tuple[str, ...]) -> Operation:
+def _operation(kind: Kind) -> Operation:
     return register(
         Operation(
             name=f"kv_publish_{kind}",
@@ -142,13 +104,12 @@ def _operation(kind: Kind, token_inputs: tuple[str, ...]) -> Operation:
             cases=partial(publish_cases, kind),
             variants=((_ENTRIES[kind], constant_set(Q_LORA=1024)),),
             mutates=MUTATES[kind],
-            token_inputs=dict.fromkeys(("q_a", "kv", "cis", *token_inputs), 0),
+            token_inputs=dict.fromkeys(TOKEN_INPUTS[kind], 0),
             token_outputs={"qr": 0},
         )
     )
 
 
-_COMPRESSED = ("comp_kv", "comp_gate", "entry_cis")
-KV_PUBLISH_SWA = _operation("swa", ())
-KV_PUBLISH_HCA = _operation("hca", _COMPRESSED)
-KV_PUBLISH_CSA = _operation("csa", (*_COMPRESSED, "idx_kv", "idx_gate"))
+KV_PUBLISH_SWA = _operation("swa")
+KV_PUBLISH_HCA = _operation("hca")
+KV_PUBLISH_CSA = _operation("csa")

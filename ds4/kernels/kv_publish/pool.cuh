@@ -3,8 +3,9 @@
 //   pooled[j] = sum over the candidates i of softmax_i(score[i][j]) value[i][j]
 //
 // Rows of earlier launches lie in `state`, addressed by position; those of this launch are read where the projection
-// left them, as another block is storing them in `state`. No slot is read and written in the same launch: a position
-// that is read and one that is written are less than lookback + n_tok - 1 apart, and there are at least so many slots.
+// left them: in the decode form another block is storing them in `state` meanwhile. No slot is read and written in the
+// same launch: a position that is read and one that is written are less than lookback + n_tok - 1 apart, and there are
+// at least so many slots. The prefill form, whose chunks are longer than that, stores in a launch of its own.
 //
 // Order: candidates by rising position, fmaf; an HCA window as four quarters, each in chunks of kAhead with a running
 // maximum, which are then put together in their order. It depends on the ratio only.
@@ -16,16 +17,15 @@
 // and score.
 template <int kWidth>
 struct Raw {
-  const float *kv, *gate, *ape;
-  float* state;
+  const float *kv, *gate, *ape, *state;
   int first, slots, ratio;
 };
 
-// Add the raw row of token `token` of the launch to the state; one block.
+// Add the raw row of token `token` of the launch to `state`, which is raw.state; one block.
 template <int kWidth, int kThreads>
-__device__ __forceinline__ void append(const Raw<kWidth>& raw, int token) {
+__device__ __forceinline__ void append(const Raw<kWidth>& raw, int token, float* state) {
   const int p = raw.first + token;
-  float* slot = raw.state + static_cast<size_t>(p % raw.slots) * 2 * kWidth;
+  float* slot = state + static_cast<size_t>(p % raw.slots) * 2 * kWidth;
   constexpr int kLoads = (kWidth / 4 + kThreads - 1) / kThreads;
   Four value[kLoads], gate[kLoads], bias[kLoads];
 #pragma unroll

@@ -92,7 +92,8 @@ def mhc_boundary(
     streams  f32 [n_tok, 4, d]             UPDATED IN PLACE
     post     f32 [n_tok, 4] or None, comb f32 [n_tok, 4, 4] or None   of the previous sublayer, with y
     fn       f32 | f16 [24, 4 d], scale f32 [3], base f32 [24], norm f32 [d]
-    act      "bf16": act = (rounded bf16 [n_tok, d],); "fp8": act = (codes float8_e4m3fn [n_tok, d], exponents u8 e8m0 [n_tok, d / 128]), official rounding;
+    act      "bf16": act = (rounded bf16 [n_tok, d],);
+             "fp8": act = (codes float8_e4m3fn [n_tok, d], exponents u8 e8m0 [n_tok, d / 128]), official rounding;
              "int8": act = (codes i8 [n_tok, d], scales f32 [n_tok, d / 32], sums i32 [n_tok, d / 16]), see mhc/act.py
     numerics, rows  CPU only: rounding points of the official code, and the rows of a decode launch that carry tokens
     returns  streams (the input), x f32 [n_tok, d], the next sublayer's post and comb, act

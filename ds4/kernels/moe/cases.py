@@ -95,7 +95,8 @@ def random_ids(rng: torch.Generator, shape: Shape) -> Tensor:
     return torch.stack(rows).to(torch.int32)
 
 
-def _on(device: torch.device, inputs: Inputs) -> Inputs:
+def on_device(device: torch.device, inputs: Inputs) -> Inputs:
+    """``inputs`` with all tensors on ``device``."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
@@ -110,7 +111,7 @@ def up_inputs(seed: int, device: torch.device, shape: Shape) -> Inputs:
     }
     for name, fmt in zip(("w1", "w3", "sw1", "sw3"), shape.formats, strict=True):
         inputs |= matrix(rng, name, fmt, shape.inter, shape.d, None if name.startswith("s") else shape.n_experts)
-    return _on(device, inputs)
+    return on_device(device, inputs)
 
 
 def down_inputs(seed: int, device: torch.device, shape: Shape) -> Inputs:
@@ -122,7 +123,7 @@ def down_inputs(seed: int, device: torch.device, shape: Shape) -> Inputs:
     }
     for name, fmt in zip(("w2", "sw2"), shape.formats, strict=True):
         inputs |= matrix(rng, name, fmt, shape.d, shape.inter, None if name == "sw2" else shape.n_experts)
-    return _on(device, inputs)
+    return on_device(device, inputs)
 
 
 Make = Callable[[int, torch.device], Inputs]
@@ -132,7 +133,7 @@ Change = Callable[[Inputs], None]
 def _changed(make: Make, change: Change, seed: int, device: torch.device) -> Inputs:
     inputs = make(seed, torch.device("cpu"))
     change(inputs)
-    return _on(device, inputs)
+    return on_device(device, inputs)
 
 
 def _same_experts(inputs: Inputs) -> None:

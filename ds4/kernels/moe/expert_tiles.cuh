@@ -10,10 +10,7 @@
 // token: staging 5.5 an activation, which are 7 % of what a block does with NVFP4 weights.
 #pragma once
 
-#include "dense_tiles.cuh"
-#include "fp4_weights.cuh"
-#include "iq2_weights.cuh"
-#include "kquant_weights.cuh"
+#include "matrix.cuh"
 
 #if !defined(N_TOK)
 #error "N_TOK must be defined"
@@ -59,21 +56,6 @@ __device__ constexpr int plan_bytes(int n_tok, bool minima) {
   if (n_tok > 2 && most < TilePlan<kCols, 5>::bytes(minima)) most = TilePlan<kCols, 5>::bytes(minima);
   if (n_tok > 5 && most < TilePlan<kCols, 8>::bytes(minima)) most = TilePlan<kCols, 8>::bytes(minima);
   return most;
-}
-
-template <class Matrix>
-constexpr bool kNeedsPatterns = false;
-template <int kCols>
-constexpr bool kNeedsPatterns<Iq2Tile<kCols>> = true;
-
-// `patterns`: those of IQ2_XXS in shared memory.
-template <class Matrix>
-__device__ __forceinline__ Matrix make_matrix(const PlanePointers& planes, const uint4* patterns) {
-  if constexpr (kNeedsPatterns<Matrix>) {
-    return Matrix(planes, patterns);
-  } else {
-    return Matrix(planes);
-  }
 }
 
 // Which rows of x f32 [.., kCols] are multiplied: row member[t] / kPerRow for t = 0 .. count - 1. `member` is shared

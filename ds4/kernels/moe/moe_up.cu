@@ -19,7 +19,6 @@
 // 10.6 (13.6), Q8_0 2.9 (4.1), FP8 3.3 (4.2), BF16 0.65; staging adds 7 % of NVFP4's for a token. Estimates, not
 // measured: H200 has about 7 a byte, so at one token its memory binds all formats but IQ2_XXS, some 60 % of copy; B200
 // has 5 and is about even with NVFP4, MXFP4 and Q4_K; GB10 has 64.
-#include "math.cuh"
 #include "members.cuh"
 
 #if !defined(HIDDEN) || !defined(INTER) || !defined(TOP_K) || !defined(N_TOK) || !defined(SHARED_BYTES)
@@ -40,13 +39,6 @@ constexpr bool kPatterned =
 constexpr bool kAnyMinima = Gate::kMinima || Up::kMinima || SharedGate::kMinima || SharedUp::kMinima;
 constexpr int kMemoryAt = kPatterned ? kPatternBytes : 0;
 static_assert(SHARED_BYTES == kMemoryAt + plan_bytes<HIDDEN>(N_TOK, kAnyMinima), "as moe/tiles.py has it");
-
-// Comparisons with a NaN are false, so that a NaN stays one.
-__device__ __forceinline__ float swiglu(float gate, float up, float limit) {
-  const float g = gate > limit ? limit : gate;
-  const float u = up > limit ? limit : up < -limit ? -limit : up;
-  return __fmul_rn(silu(g), u);
-}
 
 // This block's rows of one expert. Its matrices begin at row `base`; member: see members.cuh.
 template <bool kShared, class GateMatrix, class UpMatrix>

@@ -1,4 +1,5 @@
-"""``moe_up`` and ``moe_down``: the experts of a decode step, routed and shared; public functions and kernels."""
+"""``moe_up`` and ``moe_down``: the experts of a decode step, routed and shared; public functions and kernels.
+The prefill form's operations are registered from here."""
 
 from __future__ import annotations
 
@@ -22,12 +23,23 @@ from ds4.kernels.moe.matrices import (
     pattern_argument,
     plane_arguments,
 )
+from ds4.kernels.moe.prefill_op import MOE_COMBINE, MOE_DOWN_GEMM, MOE_GROUP, MOE_UP_GEMM
 from ds4.kernels.moe.ref import swiglu
 from ds4.kernels.moe.tiles import block_rows, shared_bytes, threads
 from ds4.kernels.packing import Planes
 from ds4.kernels.registry import Operation, register, run
 
-__all__ = ["FORMATS", "MOE_DOWN", "MOE_UP", "moe_down", "moe_up"]
+__all__ = [
+    "FORMATS",
+    "MOE_COMBINE",
+    "MOE_DOWN",
+    "MOE_DOWN_GEMM",
+    "MOE_GROUP",
+    "MOE_UP",
+    "MOE_UP_GEMM",
+    "moe_down",
+    "moe_up",
+]
 
 _UP, _DOWN = ("w1", "w3", "sw1", "sw3"), ("w2", "sw2")
 _SIZES = ("HIDDEN", "INTER", "TOP_K", "N_TOK", "SHARED_BYTES")

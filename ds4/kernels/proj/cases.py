@@ -118,7 +118,7 @@ def _weight_planes(inputs: Inputs) -> dict[str, tuple[Tensor, Tensor | None]]:
     return {name: (inputs[f"w{i}"], inputs[f"s{i}"]) for i, name in enumerate(inputs["formats"])}
 
 
-def _zeros(inputs: Inputs) -> None:
+def zeros(inputs: Inputs) -> None:
     """A token of zeros, and rows of zeros; FP8 also minus zeros."""
     inputs["x"][1] = 0
     for i, name in enumerate(inputs["formats"]):
@@ -180,7 +180,7 @@ def _proj_in() -> list[Case]:
         _case("sliding layer", "edges", 3, 32, native[:2], blocks=1),
         _case("HCA layer", "edges", 5, 128, native[:4]),
         _case("F32", "edges", 8, 1056, (("f32", 33), ("f32", 1)), blocks=1),
-        _case("zeros", "edges", 2, 160, ALL, change=_zeros),
+        _case("zeros", "edges", 2, 160, ALL, change=zeros),
         _case("not finite", "edges", 2, 160, ALL, change=_not_finite),
         _scaled_case("large", *_LARGE),
         _scaled_case("denormal", *_DENORMAL),

@@ -78,7 +78,7 @@ def _check_formats(formats: tuple[str, ...]) -> None:
             raise ValueError(f"proj: no kernel for {name}; there are: {', '.join(FORMATS)}")
 
 
-def _weights(inputs: Inputs) -> list[Planes]:
+def weights_of(inputs: Inputs) -> list[Planes]:
     """The matrices among the inputs. Raises ValueError for a format without a kernel or planes that do not fit x."""
     x, formats = inputs["x"], inputs["formats"]
     _check_formats(formats)
@@ -97,7 +97,7 @@ def _weights(inputs: Inputs) -> list[Planes]:
 
 
 def _reference(inputs: Inputs, grouped: bool) -> Outputs:
-    x, weights = inputs["x"], _weights(inputs)
+    x, weights = inputs["x"], weights_of(inputs)
     rows = tuple(range(x.shape[0]))
     if grouped:
         return {"y0": ref.proj_grouped(x, weights[0].decode(), Numerics(), rows)}
@@ -115,7 +115,7 @@ def _calls(inputs: Inputs, outputs: Outputs, name: str, grouped: bool) -> list[K
     if x.dim() != (3 if grouped else 2) or not 1 <= x.shape[0] <= 8 or x.shape[-1] % 32:
         form = "[n_tok, groups, k]" if grouped else "[n_tok, k]"
         raise ValueError(f"{name}: x {list(x.shape)}: {form} with n_tok 1 to 8 and k a multiple of 32 is needed")
-    weights, groups = _weights(inputs), x.shape[1] if grouped else 1
+    weights, groups = weights_of(inputs), x.shape[1] if grouped else 1
     rows = [planes.n_rows for planes in weights]
     if grouped and (len(rows) > 1 or rows[0] % groups):
         raise ValueError(f"{name}: {groups} groups of one matrix's rows are needed, the matrices have {rows}")

@@ -1,4 +1,4 @@
-"""``route``: the router's public function and its kernels."""
+"""``route``: the router's public function and its kernels. The prefill form is registered from here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from ds4.kernels.proj.ref import Rows
 from ds4.kernels.registry import Operation, register, run
 from ds4.kernels.route import ref
 from ds4.kernels.route.cases import cases
+from ds4.kernels.route.select_op import ROUTE_SELECT
+
+__all__ = ["ROUTE", "ROUTE_SELECT", "route"]
 
 _GATES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _CONSTANTS = ("HIDDEN", "N_EXPERTS", "TOP_K", "N_TOK")

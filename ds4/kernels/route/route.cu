@@ -1,15 +1,13 @@
 // route: which experts each token goes to, and with what weight (spec model.md 2.7).
 //
 //   score[e]  = sqrt(softplus(x . gate[e]))
-//   learned   : ids = the TOP_K largest score + bias, falling, ties to the lower id
-//   hashed    : ids = tid2eid[token], and only their rows are read
-//   weight[i] = route_scale * score[ids[i]] / sum over the chosen of score, summed by rank
+//   learned   : ids and weights as choice.cuh chooses them
+//   hashed    : ids = tid2eid[token], and only their rows are read; weights as there
 //
 // route_*: grid (ceil(N_EXPERTS / 2)), block 128. A block owns two rows of the gate, two warps a row: warp h of a row
 // takes the 16-byte chunks whose index / 32 is h modulo 2, lane-strided, each lane kFlight loads ahead. A row is read
-// once for all N_TOK tokens. The block that arrives last (counter, which it sets back to 0) selects: one warp a token,
-// expert e in lane e % 32, TOP_K rounds of an argmax over the warp. A launch that is broken off leaves the counter
-// unusable; the owner zeroes it once, at allocation.
+// once for all N_TOK tokens. The block that arrives last (counter, which it sets back to 0) selects, one warp a token.
+// A launch that is broken off leaves the counter unusable; the owner zeroes it once, at allocation.
 // route_hash_*: grid (TOP_K, N_TOK), block 64: one row for one token; the block that arrives last of a token's TOP_K
 // normalises. `tid2eid` is checked when the checkpoint is opened, so ids need no check here.
 //
@@ -17,23 +15,17 @@
 // warp 0 + warp 1. Nothing in it depends on N_TOK, on the grid or on arrival, so a token's result does not either.
 // Bytes: N_EXPERTS * HIDDEN * sizeof(gate) once, 2.1 MB in BF16; x comes from L2. Latency-bound: 128 blocks, 4 loads in
 // flight a lane cover the row in two rounds. Estimate: 3 us on H200, not measured.
-#include <math_constants.h>
-
+#include "choice.cuh"
 #include "last_block.cuh"
-#include "math.cuh"
 #include "plain_weights.cuh"
-#include "reduce.cuh"
 
-#if !defined(HIDDEN) || !defined(N_EXPERTS) || !defined(TOP_K) || !defined(N_TOK)
-#error "HIDDEN, N_EXPERTS, TOP_K and N_TOK must be defined"
+#if !defined(HIDDEN) || !defined(N_TOK)
+#error "HIDDEN and N_TOK must be defined"
 #endif
 
 constexpr int kRowsPerBlock = 2;
 constexpr int kWarpsPerRow = 2;
 constexpr int kFlight = 4;
-constexpr int kPerLane = (N_EXPERTS + 31) / 32;
-static_assert(TOP_K >= 1 && TOP_K <= 32 && TOP_K <= N_EXPERTS, "a warp keeps one chosen expert a lane");
-static_assert(N_EXPERTS <= 1024, "a lane marks its experts in one word");
 static_assert(N_TOK >= 1 && N_TOK <= 8, "decode form");
 static_assert(HIDDEN % 8 == 0, "rows are read 16 bytes at a time");
 
@@ -76,50 +68,16 @@ __device__ __forceinline__ void half_row(const T* __restrict__ row, const float*
   for (int t = 0; t < kTok; ++t) acc[t] = warp_sum(acc[t]);
 }
 
-// The weights of one token's chosen experts: lane i < TOP_K has rank i's id and score.
-__device__ __forceinline__ void write_choice(int token, int lane, int id, float score, float route_scale,
-                                             int* __restrict__ ids, float* __restrict__ weights) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < TOP_K; ++i) sum = __fadd_rn(sum, __shfl_sync(kAllLanes, score, i));
-  if (lane < TOP_K) {
-    ids[token * TOP_K + lane] = id;
-    weights[token * TOP_K + lane] = __fmul_rn(score / sum, route_scale);
-  }
-}
-
-// One warp: the TOP_K largest score + bias of one token.
+// One warp: the choice of one token, from scores that other blocks wrote.
 __device__ __forceinline__ void select(const float* scores, const float* __restrict__ bias, int token, int lane,
                                        float route_scale, int* __restrict__ ids, float* __restrict__ weights) {
-  float score[kPerLane], biased[kPerLane];
+  float score[kPerLane];
 #pragma unroll
   for (int j = 0; j < kPerLane; ++j) {
     const int e = lane + 32 * j;
     score[j] = e < N_EXPERTS ? __ldcg(scores + token * N_EXPERTS + e) : 0.f;
-    biased[j] = e < N_EXPERTS ? __fadd_rn(score[j], bias ? bias[e] : 0.f) : 0.f;
   }
-  unsigned taken = 0;
-  int my_id = 0;
-  float my_score = 0.f;
-#pragma unroll 1
-  for (int rank = 0; rank < TOP_K; ++rank) {
-    ArgMax best = reduce::Best::identity();
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      const int e = lane + 32 * j;
-      if (e < N_EXPERTS && !(taken >> j & 1u)) best = reduce::Best::combine(best, ArgMax{biased[j], e});
-    }
-    best = warp_argmax(best.value, best.index);
-    const int id = min(best.index, N_EXPERTS - 1);  // not-a-number everywhere must not become an address
-    float chosen = 0.f;
-#pragma unroll
-    for (int j = 0; j < kPerLane; ++j) {
-      if (id == lane + 32 * j) taken |= 1u << j, chosen = score[j];
-    }
-    chosen = __shfl_sync(kAllLanes, chosen, id % 32);
-    if (lane == rank) my_id = id, my_score = chosen;
-  }
-  write_choice(token, lane, my_id, my_score, route_scale, ids, weights);
+  choose(score, bias, lane, route_scale, ids + token * TOP_K, weights + token * TOP_K);
 }
 
 template <class T>
@@ -139,7 +97,7 @@ __device__ __forceinline__ void route_learned(const float* __restrict__ x, const
   if (threadIdx.x < kRowsPerBlock * N_TOK) {
     const int r = threadIdx.x / N_TOK, t = threadIdx.x % N_TOK, row = blockIdx.x * kRowsPerBlock + r;
     const float logit = __fadd_rn(part[2 * r][t], part[2 * r + 1][t]);
-    if (row < N_EXPERTS) scores[t * N_EXPERTS + row] = sqrtf(softplus(logit));
+    if (row < N_EXPERTS) scores[t * N_EXPERTS + row] = expert_score(logit);
   }
   if (!last_block(counter, gridDim.x)) return;
   for (int token = warp; token < N_TOK; token += blockDim.x / 32) {
@@ -159,11 +117,11 @@ __device__ __forceinline__ void route_hashed(const float* __restrict__ x, const 
   half_row<T, 1>(gate + static_cast<size_t>(chosen[rank]) * HIDDEN, x + token * HIDDEN, warp, lane, acc);
   if (lane == 0) part[warp] = acc[0];
   __syncthreads();
-  if (threadIdx.x == 0) scores[token * N_EXPERTS + rank] = sqrtf(softplus(__fadd_rn(part[0], part[1])));
+  if (threadIdx.x == 0) scores[token * N_EXPERTS + rank] = expert_score(__fadd_rn(part[0], part[1]));
   if (!last_block(counters + token, TOP_K) || warp != 0) return;
   const int id = lane < TOP_K ? chosen[lane] : 0;
   const float score = lane < TOP_K ? __ldcg(scores + token * N_EXPERTS + lane) : 0.f;
-  write_choice(token, lane, id, score, route_scale, ids, weights);
+  write_choice(lane, id, score, route_scale, ids + token * TOP_K, weights + token * TOP_K);
 }
 
 // x f32 [N_TOK, HIDDEN], gate [N_EXPERTS, HIDDEN], bias f32 [N_EXPERTS] or null; workspaces scores f32 [N_TOK, N_EXPERTS]

@@ -1,0 +1,1 @@
+"""Projections of a prompt's activations by packed weights."""
