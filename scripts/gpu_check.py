@@ -45,15 +45,16 @@ class Stage:
 STAGES = (
     Stage("machine", 35),
     Stage("doctor", 40),
-    Stage("compile", 100, "gpu"),
+    Stage("compile", 80, "gpu"),
     Stage("compile", 900, "no gpu"),
     Stage("emulation", 300, "no gpu"),
-    Stage("kernels", 105, "gpu"),
-    Stage("bench", 60, "gpu"),
-    Stage("moe", 50, "gpu"),
-    Stage("sanitizer", 45, "gpu"),
-    Stage("model", 55, "gpu"),
-    Stage("replay", 35, "gpu"),
+    Stage("kernels", 100, "gpu"),
+    Stage("bench", 50, "gpu"),
+    Stage("moe", 40, "gpu"),
+    Stage("sanitizer", 35, "gpu"),
+    Stage("model", 50, "gpu"),
+    Stage("replay", 30, "gpu"),
+    Stage("prefill", 65, "gpu"),
 )
 
 

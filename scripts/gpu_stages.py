@@ -28,6 +28,7 @@ import bench_moe
 import gpu_checks
 import gpu_compile
 import gpu_machine
+import gpu_prefill
 import gpu_replay
 import moe_layers
 import torch
@@ -239,6 +240,7 @@ STAGES: dict[str, Callable[[Options], Iterator[Item]]] = {
         Item(f"model: {name}", run) for name, run in gpu_machine.model(Path(__file__).resolve().parents[1], Skip)
     ),
     "replay": lambda options: (Item(f"replay: {name}", run) for name, run in gpu_replay.items(options.quick)),
+    "prefill": lambda options: (Item(f"prefill: {name}", run) for name, run in gpu_prefill.items(options.quick)),
 }
 
 

@@ -13,7 +13,9 @@ from ds4.kernels.attn import attn_decode, attn_prefill, query
 from ds4.kernels.attn.op import ATTN_DECODE
 from ds4.kernels.cases import Inputs
 from ds4.kernels.common import apply_rope, rms_norm
+from ds4.kernels.kv_publish.cases import Kind
 from ds4.kernels.kv_publish.op import KV_PUBLISH_CSA, KV_PUBLISH_HCA, KV_PUBLISH_SWA
+from ds4.kernels.packing import Planes
 from ds4.kernels.proj import proj, proj_grouped, proj_grouped_tiles, proj_in, proj_in_tiles, proj_tiles
 from ds4.kernels.proj.op import FORMATS, PROJ_IN, PROJ_OA, PROJ_OB, PROJ_Q, segment_inputs
 from ds4.kernels.threads import each
@@ -130,15 +132,20 @@ class Attention:
     def rows_step(self, x: Tensor, s: StepBuilder, cache: LayerCache) -> tuple[Tensor, Tensor | None]:
         """Launches that write the cache: the normed query latent f32 ``[n_tok, q_lora]``, and the indexer's raw weights
         f32 ``[n_tok, h]`` where there is one."""
+        inputs = self.input_planes("proj_in")
+        made = s.add(PROJ_IN, {"x": x} | segment_inputs(inputs))
+        raw = [made[f"y{i}"] for i in range(len(inputs))]
+        return self._publish_step(raw, s, cache), raw[6] if self.indexer is not None else None
+
+    def input_planes(self, where: str) -> list[Planes]:
+        """Matrices of the input projections in the order of ``publish_inputs``, the indexer's weights last."""
         inputs = [self.wq_a, self.wkv]
         for compressor in (self.compressor, self.indexer.compressor if self.indexer else None):
             if compressor is not None:
                 inputs += [compressor.wkv, compressor.wgate]
         if self.indexer is not None:
             inputs.append(self.indexer.weights_proj)
-        made = s.add(PROJ_IN, {"x": x} | segment_inputs([planes_of(w, FORMATS, "proj_in") for w in inputs]))
-        raw = [made[f"y{i}"] for i in range(len(inputs))]
-        return self._publish_step(raw, s, cache), raw[6] if self.indexer is not None else None
+        return [planes_of(w, FORMATS, where) for w in inputs]
 
     def query_step(self, qr: Tensor, weights: Tensor | None, s: StepBuilder, cache: LayerCache) -> Tensor:
         """Launches that read the cache, of what ``rows_step`` gave: f32 ``[n_tok, d]``."""
@@ -161,7 +168,7 @@ class Attention:
     def _core_inputs(self, q: Tensor, selected: Tensor | None, s: StepBuilder, cache: LayerCache) -> Inputs:
         return {
             "q": q,
-            "cis": self._cis_step(s),
+            "cis": self.cis_step(s),
             "sink": self.sink,
             "ring": cache.ring,
             "pool": cache.pool,
@@ -172,26 +179,32 @@ class Attention:
             "eps": self.eps,
         }
 
-    def _cis_step(self, s: StepBuilder) -> Tensor:
+    def cis_step(self, s: StepBuilder) -> Tensor:
         """The layer's table at the tokens' positions, f32 ``[n_tok, rope / 2, 2]``."""
         return s.cis[1 if self.ratio else 0]
 
     def _publish_step(self, raw: list[Tensor], s: StepBuilder, cache: LayerCache) -> Tensor:
         """The launch that writes the cache; returns the normed query latent f32 ``[n_tok, q_lora]``."""
-        inputs: Inputs = {"q_a": raw[0], "kv": raw[1], "pos": s.pos, "cis": self._cis_step(s), "eps": self.eps}
+        operation = {"swa": KV_PUBLISH_SWA, "hca": KV_PUBLISH_HCA, "csa": KV_PUBLISH_CSA}[self.kind]
+        return s.add(operation, self.publish_inputs(raw, s, cache))["qr"]
+
+    @property
+    def kind(self) -> Kind:
+        return "swa" if self.compressor is None else "hca" if self.indexer is None else "csa"
+
+    def publish_inputs(self, raw: Sequence[Tensor], s: StepBuilder, cache: LayerCache) -> Inputs:
+        """What the operations that write the cache take, of the raw projections."""
+        inputs: Inputs = {"q_a": raw[0], "kv": raw[1], "pos": s.pos, "cis": self.cis_step(s), "eps": self.eps}
         inputs |= {"q_norm": self.q_norm, "kv_norm": self.kv_norm, "ring": cache.ring}
-        operation = KV_PUBLISH_SWA
         if self.compressor is not None:
-            operation = KV_PUBLISH_HCA
             inputs |= {"comp_kv": raw[2], "comp_gate": raw[3], "entry_cis": s.cis[RATIO_TABLES[self.ratio]]}
             inputs |= {"ape": self.compressor.ape, "comp_norm": self.compressor.norm}
             inputs |= {"state": cache.state, "pool": cache.pool}
         if self.indexer is not None:
-            operation = KV_PUBLISH_CSA
             inputs |= {"idx_kv": raw[4], "idx_gate": raw[5]}
             inputs |= {"idx_ape": self.indexer.compressor.ape, "idx_norm": self.indexer.compressor.norm}
             inputs |= {"key_state": cache.key_state, "keys": cache.keys}
-        return s.add(operation, inputs)["qr"]
+        return inputs
 
     def prefill(self, xs: Sequence[Tensor], ctxs: Sequence[Context], cache: LayerCache | None) -> list[Tensor]:
         """x f32 ``[n_rows, d]`` of successive tiles -> f32 ``[n_rows, d]`` each; without a cache (training) there is

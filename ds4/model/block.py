@@ -11,6 +11,7 @@ from torch import Tensor
 from ds4.config import ModelConfig
 from ds4.kernels.mhc import hc_expand, mhc_boundary
 from ds4.kernels.mhc.op import OPERATIONS as BOUNDARIES
+from ds4.kernels.mhc.op import Act
 from ds4.kernels.threads import each
 from ds4.kv.cache import LayerCache
 from ds4.model.attention import Attention
@@ -67,8 +68,8 @@ class Site:
             rows=ctx.rows,
         )
 
-    def step(self, r: Residual, s: StepBuilder) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same as launches of the decode step."""
+    def step(self, r: Residual, s: StepBuilder, act: Act = "none") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same as launches; ``act`` "bf16": x rounded to bf16, as products of the prefill form take it."""
         inputs = {
             "y": r.y,
             "streams": r.streams,
@@ -82,20 +83,21 @@ class Site:
             "hc_eps": self.hc_eps,
             "norm_eps": self.norm_eps,
         }
-        made = s.add(BOUNDARIES["none"], inputs)
-        return made["streams"], made["x"], made["post"], made["comb"]
+        made = s.add(BOUNDARIES[act], inputs)
+        return made["streams"], made["rounded" if act == "bf16" else "x"], made["post"], made["comb"]
 
 
 class Block:
     """Attention and experts of one layer; ``ratio`` 0 for sliding layers and draft blocks."""
 
     attention: type[Attention] = Attention
+    experts: type[MoE] = MoE
 
     def __init__(self, config: ModelConfig, params: Params, prefix: str, ratio: int, *, hash_routed: bool) -> None:
         self.attn_site = Site(config, params, prefix, "attn")
         self.ffn_site = Site(config, params, prefix, "ffn")
         self.attn = self.attention(config, params, f"{prefix}.attn", ratio)
-        self.moe = MoE(config, params, f"{prefix}.ffn", hash_routed=hash_routed)
+        self.moe = self.experts(config, params, f"{prefix}.ffn", hash_routed=hash_routed)
 
     def __call__(self, r: Residual, ctx: Context, cache: LayerCache | None) -> Residual:
         """One launch, in either form."""

@@ -78,14 +78,14 @@ class MoE:
 
     def step(self, x: Tensor, s: StepBuilder) -> Tensor:
         """Launches of the decode step: f32 ``[n_tok, d]`` -> f32 ``[n_tok, d]``."""
-        where, up, down = self._inputs
+        where, up, down = self.kernel_inputs
         tokens = None if where["tid2eid"] is None else s.tokens
         picked = s.add(ROUTE, {"x": x, **where, "tokens": tokens})
         mid = s.add(MOE_UP, {"x": x, **picked, **up})["mid"]
         return s.add(MOE_DOWN, {"mid": mid, "ids": picked["ids"], **down})["y"]
 
     @cached_property
-    def _inputs(self) -> tuple[Inputs, Inputs, Inputs]:
+    def kernel_inputs(self) -> tuple[Inputs, Inputs, Inputs]:
         """What router, up and down projection read besides activations; made once, as steps of all lengths share it."""
         hashed = None if self.tid2eid is None else self.tid2eid.to(torch.int32)
         where: Inputs = {"gate": self.gate, "bias": self.bias, "tid2eid": hashed}

@@ -62,8 +62,8 @@ class StepState:
     The host writes them before a step; launches that draft and accept go on from there without it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.words = torch.zeros(at.WORDS, dtype=torch.int32, device=device)
+    def __init__(self, device: torch.device, n_words: int = at.WORDS) -> None:
+        self.words = torch.zeros(n_words, dtype=torch.int32, device=device)
         self._host = HostBlock(self.words)
 
     def word(self, place: int, n: int = 1) -> Tensor:
@@ -103,7 +103,7 @@ class StepBuilder:
 
         ``into``: tensors for results that outlive the next operation of the kind, instead of shared ones.
         """
-        made = operation.outputs(inputs)
+        made = {name: t for name, t in operation.outputs(inputs).items() if name not in (into or {})}
         key = (operation.name, *((name, tuple(t.shape), t.dtype) for name, t in sorted(made.items())))
         outputs = {**self._made.setdefault(key, made), **(into or {})}
         self.parts.append(Part(operation, self.layer, inputs, outputs, operation.calls(inputs, outputs)))
@@ -189,12 +189,17 @@ class Decoder:
         self.state = StepState(cache.device)
         self._tap: Tap | None = None
         self._steps: dict[int, DecodeStep] = {}
+        cache.holders.add(self)
+
+    def forget(self) -> None:
+        """Lists are made anew from now on."""
+        self._steps.clear()
 
     def watch(self, tap: Tap | None) -> None:
         """From now on steps have the launches of this tap."""
         if tap is not self._tap:
             self._tap = tap
-            self._steps.clear()
+            self.forget()
 
     def step(self, n_tok: int) -> DecodeStep:
         """The launches of a step of ``n_tok`` tokens."""

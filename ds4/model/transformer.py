@@ -80,9 +80,10 @@ class Transformer:
         n = self.numerics
         return RowFormats.of(self.config, kv_fp8=n.kv_fp8, kv_rope_bf16=n.kv_rope_bf16, index_fp4=n.index_fp4)
 
-    def new_cache(self, ctx: int, *, decoded: bool = True) -> KVCache:
-        """Empty state for ``ctx`` tokens; ``decoded`` unless kernels will write to it (ds4/kv/cache.py)."""
-        return KVCache(self.config, self.formats(), ctx, device=self.device, decoded=decoded)
+    def new_cache(self, ctx: int, *, first: int | None = None, decoded: bool = True) -> KVCache:
+        """Empty state for ``ctx`` tokens, with room for the ``first`` of them (None: for all); ``decoded`` unless
+        kernels will write to it (ds4/kv/cache.py)."""
+        return KVCache(self.config, self.formats(), ctx, first=first, device=self.device, decoded=decoded)
 
     def _context(self, launch: Launch, ids: Sequence[int]) -> Context:
         row_ids = [0] * launch.n_rows
@@ -196,7 +197,7 @@ class Transformer:
             while done < len(ids):
                 part = list(ids[done : done + PASS_TILES * PREFILL_ROWS - (start + done) % PREFILL_ROWS])
                 after = done + len(part)
-                with cache.undone_if(partial(_is_length, kept, len(kept))):
+                with cache.undone_if(partial(is_length, kept, len(kept))):
                     ctxs = [self._context(*tile) for tile in _tiles(part, start + done)]
                     on_layer = None if progress is None else partial(self._share, progress, done, len(part))
                     streams = self._streams(ctxs, cache, observer, on_layer)
@@ -226,7 +227,8 @@ class Transformer:
         return self.logits(streams, None), streams
 
 
-def _is_length(items: Sequence[int], n: int) -> bool:
+def is_length(items: Sequence[int], n: int) -> bool:
+    """Whether there are ``n`` of them."""
     return len(items) == n
 
 

@@ -17,10 +17,10 @@ from ds4.errors import Ds4Error
 from ds4.kernels.attn import attend
 from ds4.kernels.attn.op import ATTN_DECODE
 from ds4.kernels.cases import Outputs
-from ds4.kernels.common import rms_norm
+from ds4.kernels.common import rms_norm, rope_angles
 from ds4.kernels.draft.op import DRAFT_BLOCK, DRAFT_CHOOSE, DRAFT_NORM
 from ds4.kernels.draft.words import CHAIN, LAST
-from ds4.kernels.head import hc_head, head
+from ds4.kernels.head import hc_head
 from ds4.kernels.head.op import FORMATS as HEAD_FORMATS
 from ds4.kernels.head.op import LM_HEAD
 from ds4.kernels.launch import Launch
@@ -34,22 +34,35 @@ from ds4.model.context import Context, make_context
 from ds4.model.params import Params, small
 from ds4.model.steps import StepBuilder, planes_of
 from ds4.model.transformer import Transformer, embedding_rows
+from ds4.mtp.block_form import BlockMoE, BlockProduct
 from ds4.mtp.drafter import Chooser, Draft, check_history
 from ds4.mtp.rows import publish_rows, stage_cache
 from ds4.mtp.tail import Tail
 from ds4.sampling import Sampler
+from ds4.weights.dense_cache import dense
 
 
 class BlockAttention(Attention):
     """Attention of a draft block over the context in front of it and over itself, in both directions."""
 
-    def decode(self, x: Tensor, ctx: Context, cache: LayerCache) -> Tensor:
+    def __init__(self, config: ModelConfig, params: Params, prefix: str, ratio: int) -> None:
+        super().__init__(config, params, prefix, ratio)
+        rank = config.o_lora_rank
+        self._in, self._q = BlockProduct(self.wq_a, self.wkv), BlockProduct(self.wq_b)
+        self._oa = [BlockProduct(self.wo_a, rows=(g * rank, (g + 1) * rank)) for g in range(self.n_groups)]
+        self._ob = BlockProduct(self.wo_b)
+
+    def block(self, x: Tensor, ctx: Context, cache: LayerCache) -> Tensor:
         """x f32 ``[b, d]`` -> f32 ``[b, d]``; the block's own rows are rounded as in a cache, but stored nowhere."""
-        start, row_format = ctx.launch.start, cache.formats.row
-        _, q, kv, _ = self._project(x, ctx)
+        start, row_format, n = ctx.launch.start, cache.formats.row, ctx.numerics
+        q_a, kv = self._in.proj(x, n).split((self.wq_a.shape[0], self.width), dim=1)
+        qr, kv = self._latents(q_a, kv, ctx)
+        q = self._query(self._q.proj(qr, n), ctx)
         context = cache.window(max(0, start - self.window), start)
         rows = torch.cat((context, row_format.unpack(row_format.pack(kv))))
-        return self._output(attend(q, rows, self.sink, None, ctx.numerics), ctx)
+        o = self._groups(attend(q, rows, self.sink, None, n), ctx)
+        z = torch.cat([product(o[:, g]) for g, product in enumerate(self._oa)], dim=1)
+        return self._ob.proj(n.rd(z), n)
 
     def context_step(self, kv: Tensor, s: StepBuilder, cache: LayerCache) -> None:
         """Launch that stores context rows, from their raw projections f32 ``[n_tok, head_dim]``."""
@@ -63,7 +76,7 @@ class BlockAttention(Attention):
         """
         n, o = s.n_tok, torch.empty_like(q)
         inputs = self._core_inputs(q, selected, s, cache) | {"pos": s.state.word(LAST), "window": self.window + n}
-        cis = self._cis_step(s)
+        cis = self.cis_step(s)
         for i in range(n):
             row = slice(i, i + 1)
             s.add(ATTN_DECODE, inputs | {"q": q[row], "cis": cis[row]}, into={"o": o[row]})
@@ -71,10 +84,17 @@ class BlockAttention(Attention):
 
 
 class Stage(Block):
-    """One stage: a sliding block with :class:`BlockAttention`."""
+    """One stage: a sliding block whose rows share each matrix product (ds4/mtp/block_form.py)."""
 
-    attention = BlockAttention
+    attention, experts = BlockAttention, BlockMoE
     attn: BlockAttention
+
+    def block(self, r: Residual, ctx: Context, cache: LayerCache) -> Residual:
+        """All rows of a draft block behind the context in ``cache``."""
+        streams, x, post, comb = self.attn_site(r, ctx)
+        y = self.attn.block(x, ctx, cache)
+        streams, x, post, comb = self.ffn_site(Residual(streams, y, post, comb), ctx)
+        return Residual(streams, self.moe(x, ctx), post, comb)
 
 
 class DSpark:
@@ -105,6 +125,7 @@ class DSpark:
         self.hc_base = small(params, f"{last}.hc_head_base", (m,))
         self.markov_w1 = params.expect(f"{last}.markov_head.markov_w1.weight", (config.vocab_size, rank))
         self.markov_w2 = params.expect(f"{last}.markov_head.markov_w2.weight", (config.vocab_size, rank))
+        self._head = BlockProduct(trunk.head_weight)
         self.confidence = small(params, f"{last}.confidence_head.proj.weight", (1, d + rank))[0]
 
     def taps(self, streams: Sequence[Tensor]) -> Tensor:
@@ -123,13 +144,14 @@ class DSpark:
     def block(self, token: int, position: int, caches: Sequence[LayerCache]) -> list[Tensor]:
         """Output streams f32 ``[b, m, d]`` of each stage for ``token`` behind a context of ``position`` tokens."""
         b = self.block_size
-        launch = Launch(True, position, b, b, tuple(range(b)), torch.arange(position, position + b))
-        ids = torch.tensor([token] + [self.noise] * (b - 1))
-        ctx = make_context(self.config, self.trunk.rope, self.trunk.numerics, launch, ids)
+        launch = Launch(False, position, b, b, tuple(range(b)), torch.arange(position, position + b))
+        ids, rope = torch.tensor([token] + [self.noise] * (b - 1)), self.trunk.rope
+        cis = rope_angles(launch.pos, rope.plain)  # of both tables: a stage has no compressor
+        ctx = Context(launch, rope, self.trunk.numerics, cis, cis, None, ids)
         r = Residual(embedding_rows(self.trunk.embed, ids).unsqueeze(1).repeat(1, self.config.hc_mult, 1))
         outs = []
         for stage, cache in zip(self.stages, caches, strict=True):
-            r = Residual(stage(r, ctx, cache).resolve(ctx))
+            r = Residual(stage.block(r, ctx, cache).resolve(ctx))
             outs.append(r.streams)
         return outs
 
@@ -140,14 +162,13 @@ class DSpark:
         return hc_head(streams, *w, hc_eps=c.hc_eps, norm_eps=c.rms_norm_eps, numerics=n)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """f32 ``[n, d]`` -> f32 ``[n, vocab]``, without what depends on the tokens drafted before."""
-        eps, rows = self.config.rms_norm_eps, tuple(range(hidden.shape[0]))
-        w = self.trunk.head_weight
-        return head(hidden, self.norm, w, norm_eps=eps, numerics=self.trunk.numerics, rows=rows)
+        """A block's f32 ``[b, d]`` -> f32 ``[b, vocab]``, without what depends on the tokens drafted before."""
+        return self._head(self.trunk.numerics.rd(rms_norm(hidden, self.norm, self.config.rms_norm_eps)))
 
     def markov(self, token: int) -> Tensor:
         """Row f32 ``[rank]`` of the token drafted before, for :meth:`bias` and :meth:`confident`."""
-        return embedding_rows(self.markov_w1, torch.tensor([token]))[0]
+        rows = dense((self.markov_w1,)) if self.trunk.device.type == "cpu" else None
+        return rows[token] if rows is not None else embedding_rows(self.markov_w1, torch.tensor([token]))[0]
 
     def bias(self, markov: Tensor) -> Tensor:
         """What the token before adds to the logits, f32 ``[vocab]``."""
@@ -226,9 +247,9 @@ class DSparkDrafter:
             return Draft()
         self.tail.fill()
         head, token = self.dspark, int(history[-1])
-        hidden = head.collapse(head.block(token, self.position, self.caches)[-1])[:k]
+        hidden = head.collapse(head.block(token, self.position, self.caches)[-1])
         chooser, confidence = Chooser(sampler, history), []
-        for c, logits in zip(hidden, head.logits(hidden), strict=True):
+        for c, logits in zip(hidden[:k], head.logits(hidden)[:k], strict=True):
             markov = head.markov(token)
             confidence.append(head.confident(c, markov))
             token = chooser.choose(logits + head.bias(markov))

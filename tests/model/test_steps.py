@@ -8,59 +8,28 @@ where no code differs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from cuemu.backend import CpuBackend, missing
+from cuemu.backend import missing
+from pair import CTX, Pair
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds4.demo import bundled_model_path
 from ds4.errors import Ds4Error
 from ds4.kernels.entry import KernelCall
-from ds4.kernels.numerics import resolve
 from ds4.kernels.packing import PlaneMatrix
 from ds4.kv.cache import KVCache
-from ds4.model.device_params import DeviceParams
 from ds4.model.steps import Decoder, planes_of
-from ds4.model.transformer import Transformer
-from ds4.weights import open_checkpoint
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-CTX = 512
 NO_FLIP = 3e-5  # of a row's norm: sums in another order; 1.2e-5 measured
 MEDIAN = 6e-3  # with codes that fell differently in earlier tokens; 2.7e-3 measured
 ROWS = 0.05  # cached rows behind such choices, in the median; up to 0.022 measured
 PICKED = ("tokens", "ids", "weights")  # what a step's experts are given besides activations
 EDGES_LAYER = 16  # launches of a layer (spec kernels.md a.4)
-
-
-@dataclass
-class Pair:
-    """One checkpoint as the torch network and as the network whose decode step is kernels, on the CPU both."""
-
-    path: Path
-    torch_model: Transformer = field(init=False)
-    model: Transformer = field(init=False)
-
-    def __post_init__(self) -> None:
-        checkpoint = open_checkpoint(self.path)
-        self.config = checkpoint.config
-        self.torch_model = Transformer(self.config, checkpoint, resolve("serve"))
-        self.model = Transformer(self.config, DeviceParams(checkpoint, "cpu"), resolve("serve"))
-
-    def ids(self, n: int) -> list[int]:
-        vocab = min(self.config.vocab_size, 900)
-        return torch.randint(5, vocab, (n,), generator=torch.Generator().manual_seed(0)).tolist()
-
-    def cache(self) -> KVCache:
-        """A cache for kernels, which write no decoded ring."""
-        return self.model.new_cache(CTX, decoded=False)
-
-    def decoder(self, cache: KVCache) -> Decoder:
-        return Decoder(self.model, cache, CpuBackend())
 
 
 @pytest.fixture(scope="module")

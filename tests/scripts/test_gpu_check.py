@@ -102,7 +102,7 @@ def test_table_counts_by_kind(capsys):
     printed = capsys.readouterr().out
     assert "FAILED n_tok: b: row 1 differs" in printed
     assert "skipped graphs: a: why" in printed
-    assert "no GPU (no driver): not done: kernels, bench, moe, sanitizer, model, replay" in printed
+    assert "no GPU (no driver): not done: kernels, bench, moe, sanitizer, model, replay, prefill" in printed
 
 
 def test_results_as_json(tmp_path, monkeypatch):
@@ -263,7 +263,7 @@ def test_command_with_one_real_stage(tmp_path):
     command = [str(ROOT / "scripts" / "gpu_check.sh"), "--quick", "--stage", "compile"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "not done: kernels, bench, moe, sanitizer, model, replay" in done.stdout
+    assert "not done: kernels, bench, moe, sanitizer, model, replay, prefill" in done.stdout
     (path,) = tmp_path.glob("no-gpu-*.json")
     stages = {stage["stage"]: stage for stage in json.loads(path.read_text())["stages"]}
     assert stages["compile"]["ok"] >= 1
