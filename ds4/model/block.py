@@ -68,8 +68,9 @@ class Site:
             rows=ctx.rows,
         )
 
-    def step(self, r: Residual, s: StepBuilder, act: Act = "none") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same as launches; ``act`` "bf16": x rounded to bf16, as products of the prefill form take it."""
+    def step(self, r: Residual, s: StepBuilder, count: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same as launches; with ``count``, the prefill form's, x is rounded to bf16 as its products take it."""
+        act: Act = "none" if count is None else "bf16"
         inputs = {
             "y": r.y,
             "streams": r.streams,
@@ -83,7 +84,7 @@ class Site:
             "hc_eps": self.hc_eps,
             "norm_eps": self.norm_eps,
         }
-        made = s.add(BOUNDARIES[act], inputs)
+        made = s.add(BOUNDARIES[act], inputs | {"count": count})
         return made["streams"], made["rounded" if act == "bf16" else "x"], made["post"], made["comb"]
 
 

@@ -33,10 +33,10 @@ _FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 def block_pass(block: Block, r: Residual, s: PassBuilder, cache: LayerCache) -> Residual:
     """Launches of one block."""
-    streams, x, post, comb = block.attn_site.step(r, s, "bf16")
+    streams, x, post, comb = block.attn_site.step(r, s, s.count)
     s.resolved()
     r = Residual(streams, attention_pass(block.attn, x, s, cache), post, comb)
-    streams, x, post, comb = block.ffn_site.step(r, s, "bf16")
+    streams, x, post, comb = block.ffn_site.step(r, s, s.count)
     return Residual(streams, moe_pass(block.moe, x, s), post, comb)
 
 

@@ -41,12 +41,13 @@ __device__ __forceinline__ void mixing_weights(const float* partials, const floa
 }
 
 // y f32 [N_TOK, HIDDEN], post f32 [N_TOK, 4] and comb f32 [N_TOK, 4, 4] of the previous sublayer, or three null pointers;
-// streams f32 [N_TOK, 4, HIDDEN] IN OUT; fn [24, 4 HIDDEN]; partials f32 [N_TOK, 34, kChunkStride] OUT.
-extern "C" __global__ void __launch_bounds__(256) mhc_partials_f32(const float* y, const float* post, const float* comb, float* streams, const float* fn, float* partials) {
-  stream_partials<kRows>(y, post, comb, streams, fn, partials);
+// streams f32 [N_TOK, 4, HIDDEN] IN OUT; fn [24, 4 HIDDEN]; partials f32 [N_TOK, 34, kChunkStride] OUT; count i32 [1]
+// or null: tokens that there are, all by default.
+extern "C" __global__ void __launch_bounds__(256) mhc_partials_f32(const float* y, const float* post, const float* comb, float* streams, const float* fn, float* partials, const int* count) {
+  stream_partials<kRows>(y, post, comb, streams, fn, partials, count);
 }
-extern "C" __global__ void __launch_bounds__(256) mhc_partials_f16(const float* y, const float* post, const float* comb, float* streams, const __half* fn, float* partials) {
-  stream_partials<kRows>(y, post, comb, streams, fn, partials);
+extern "C" __global__ void __launch_bounds__(256) mhc_partials_f16(const float* y, const float* post, const float* comb, float* streams, const __half* fn, float* partials, const int* count) {
+  stream_partials<kRows>(y, post, comb, streams, fn, partials, count);
 }
 
 // streams and partials as above; scale f32 [3], base f32 [24], norm f32 [HIDDEN]; x f32 [N_TOK, HIDDEN] OUT,
@@ -58,8 +59,13 @@ extern "C" __global__ void __launch_bounds__(128) mhc_finalise(const float* stre
   if (column < HIDDEN) store_float4(x + static_cast<size_t>(blockIdx.y) * HIDDEN + column, v);
 }
 
-// The same and rounded bf16 [N_TOK, HIDDEN] OUT, what products of the prefill form take.
-extern "C" __global__ void __launch_bounds__(128) mhc_finalise_bf16(const float* streams, const float* partials, const float* scale, const float* base, const float* norm, float* x, float* post, float* comb, __nv_bfloat16* rounded, int iters, float hc_eps, float norm_eps) {
+// The same and rounded bf16 [N_TOK, HIDDEN] OUT, what products of the prefill form take; count as above.
+extern "C" __global__ void __launch_bounds__(128) mhc_finalise_bf16(const float* streams, const float* partials, const float* scale, const float* base, const float* norm, float* x, float* post, float* comb, __nv_bfloat16* rounded, const int* count, int iters, float hc_eps, float norm_eps) {
+  if (count != nullptr) {
+    pdl_launch();
+    pdl_wait();
+    if (static_cast<int>(blockIdx.y) >= *count) return;
+  }
   if (blockIdx.x == 0) return mixing_weights(partials, scale, base, post, comb, iters, hc_eps, norm_eps);
   const int column = (blockIdx.x - 1) * 512 + threadIdx.x * 4;
   const float4 v = collapse<kRows>(streams, partials, scale, base, norm, hc_eps, norm_eps, column);

@@ -28,7 +28,12 @@ CONSTANTS = ("HIDDEN", "N_TOK")
 _FILE = "mhc/boundary.cu"
 _RESOLVE = (("y", "f32*"), ("post", "f32*"), ("comb", "f32*"), ("streams", "f32*"))
 _PARTIALS = {
-    kind: Entry(f"mhc_partials_{kind}", _FILE, (*_RESOLVE, ("fn", f"{kind}*"), ("partials", "f32*")), CONSTANTS)
+    kind: Entry(
+        f"mhc_partials_{kind}",
+        _FILE,
+        (*_RESOLVE, ("fn", f"{kind}*"), ("partials", "f32*"), ("count", "i32*")),
+        CONSTANTS,
+    )
     for kind in FN_TYPES.values()
 }
 _READ = tuple((name, "f32*") for name in ("streams", "partials", "scale", "base", "norm"))
@@ -45,11 +50,12 @@ _ACTS: dict[Act, tuple[tuple[str, str, torch.dtype, int], ...]] = {
         ("sums", "i32*", torch.int32, SUM_BLOCK),
     ),
 }
+_COUNT: dict[Act, tuple[tuple[str, str], ...]] = {"bf16": (("count", "i32*"),)}  # of a prompt's tokens
 _FINALISE = {
     act: Entry(
         "mhc_finalise" if act == "none" else f"mhc_finalise_{act}",
         _FILE,
-        (*_READ, *_MADE, *((name, kind) for name, kind, _, _ in added), *_NUMBERS),
+        (*_READ, *_MADE, *((name, kind) for name, kind, _, _ in added), *_COUNT.get(act, ()), *_NUMBERS),
         CONSTANTS,
     )
     for act, added in _ACTS.items()
@@ -92,6 +98,7 @@ def mhc_boundary(
     streams  f32 [n_tok, 4, d]             UPDATED IN PLACE
     post     f32 [n_tok, 4] or None, comb f32 [n_tok, 4, 4] or None   of the previous sublayer, with y
     fn       f32 | f16 [24, 4 d], scale f32 [3], base f32 [24], norm f32 [d]
+    count    i32 [1] or None, of the operations alone: tokens there are; rows from it on are unspecified
     act      "bf16": act = (rounded bf16 [n_tok, d],);
              "fp8": act = (codes float8_e4m3fn [n_tok, d], exponents u8 e8m0 [n_tok, d / 128]), official rounding;
              "int8": act = (codes i8 [n_tok, d], scales f32 [n_tok, d / 32], sums i32 [n_tok, d / 16]), see mhc/act.py
@@ -136,7 +143,11 @@ def _reference(inputs: Inputs, act: Act, numerics: Numerics, rows: Rows = None) 
         rows=rows,
         **{name: inputs[name] for name in ("scale", "base", "norm", "sinkhorn_iters", "hc_eps", "norm_eps")},
     )
-    return {"streams": streams, "x": x, "post": post, "comb": comb, **quantized(x, act)}
+    results = {"streams": streams, "x": x, "post": post, "comb": comb, **quantized(x, act)}
+    if inputs.get("count") is not None:
+        for result in results.values():
+            result[int(inputs["count"]) :] = torch.nan  # unspecified
+    return results
 
 
 def partials_workspace(streams: Tensor, n_rows: int) -> Tensor:
@@ -195,8 +206,10 @@ def _calls(inputs: Inputs, outputs: Outputs, act: Act) -> list[KernelCall]:
         raise ValueError(f"mhc_boundary: d = {d} is no multiple of 128, the block of fp8 activations")
     constants = constant_set(HIDDEN=d, N_TOK=n_tok if n_tok % 8 else 8)
     first, second = _PARTIALS[FN_TYPES[inputs["fn"].dtype]], _FINALISE[act]
-    mix = ArgPack(first, pending_of(inputs) | {"fn": inputs["fn"], "partials": outputs["partials"]})
+    count = {"count": inputs.get("count")}
+    mix = ArgPack(first, pending_of(inputs) | {"fn": inputs["fn"], "partials": outputs["partials"], **count})
     values = {name: inputs[name] for name in ("streams", "scale", "base", "norm", "hc_eps", "norm_eps")}
+    values |= count if act in _COUNT else {}
     finish = ArgPack(second, values | outputs | {"iters": inputs["sinkhorn_iters"]})
     return [
         KernelCall(first, constants, partials_grid(n_tok, d), (256, 1, 1), 0, mix, pdl=True),

@@ -102,10 +102,11 @@ __device__ __forceinline__ void write_gram(float4 v, int n, int lane, float* row
 }
 
 // y f32 [N_TOK, HIDDEN] with post f32 [N_TOK, 4] and comb f32 [N_TOK, 4, 4], or null; streams f32 [N_TOK, 4, HIDDEN] IN OUT;
-// fn [kRows, 4 HIDDEN]; partials f32 [N_TOK, kRows + 10, kChunkStride] OUT.
+// fn [kRows, 4 HIDDEN]; partials f32 [N_TOK, kRows + 10, kChunkStride] OUT. Eights of tokens from *count on, where there
+// is one, have no token.
 template <int kRows, class T>
 __device__ __forceinline__ void stream_partials(const float* y, const float* post, const float* comb, float* streams,
-                                                const T* fn, float* partials) {
+                                                const T* fn, float* partials, const int* count = nullptr) {
   constexpr int kRowsPerWarp = (kRows + kPartialWarps - 1) / kPartialWarps;
   __shared__ float4 fresh[kTokens][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n = lane / 8;
@@ -120,6 +121,7 @@ __device__ __forceinline__ void stream_partials(const float* y, const float* pos
   }
   pdl_launch();
   pdl_wait();
+  if (count != nullptr && first_token >= *count) return;
   const int my_token = first_token + warp;
   if (warp < n_mine) {
     const float4 v = resolve(y, post, comb, streams, my_token, n, column);
