@@ -59,9 +59,8 @@ def test_questions_of_the_correctness_gate(emulated: Counting) -> None:
         assert want in text
         steps = statistics.generated_tokens - 1
         assert steps > 0
-        launched = emulated.launches - before
-        assert launched > 0  # the answer's tokens come from kernels
-        assert launched % steps == 0 or launched % (steps + 1) == 0  # one may be launched ahead, for nothing
+        per_pass, per_step = 18, 10  # launches of a layer, at least
+        assert emulated.launches - before > 3 * (per_pass + steps * per_step)  # prompt and answer come from kernels
 
 
 def test_a_conversation_goes_on_after_kernels_wrote_the_cache(emulated: Counting) -> None:
@@ -75,7 +74,7 @@ def test_a_conversation_goes_on_after_kernels_wrote_the_cache(emulated: Counting
             session.decode([token])
         rows.append(session.prefill(ids[126:]))
     assert torch.equal(rows[0].argmax(), rows[1].argmax())
-    assert ((rows[1] - rows[0]).norm() / rows[0].norm()).item() < 1e-2
+    assert ((rows[1] - rows[0]).norm() / rows[0].norm()).item() < 3e-2  # BF16 activations; tests/model has the median
     assert emulated.launches > 0
 
 
@@ -104,7 +103,7 @@ def as_plain(llm: LLM, prompt: str, n: int, draft: int) -> DraftStatistics:
 
 
 def test_answers_with_drafts(emulated: Counting) -> None:
-    """Greedy ones are drafted and verified on the device, and the same text; drawn ones on the host, and repeatable."""
+    """Drafted and verified on the device: greedy ones are the same text, drawn ones repeatable."""
     llm, prompt = LLM(device="cuda", ctx=256), "Tell me a story about a lighthouse."
     drafted = as_plain(llm, prompt, 9, draft=1)
     assert drafted.accepted <= drafted.drafted
@@ -116,7 +115,7 @@ def test_answers_with_drafts(emulated: Counting) -> None:
     assert drawn[0].token_ids == drawn[1].token_ids
     assert drawn[0].draft is not None
     assert drawn[0].draft.drafted > 0
-    assert drawn[0].draft.draft_seconds > 0
+    assert drawn[0].draft.draft_seconds == 0
 
 
 def test_answers_with_blocks(emulated: Counting) -> None:

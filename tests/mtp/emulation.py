@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 
 import pytest
@@ -25,6 +26,13 @@ def emulated_llm(ctx: int, draft_model: PathLike[str] | None = None) -> Iterator
         patch.setattr(engine, "current_gpu", lambda: torch.device("cpu"))
         patch.setattr(engine, "backend_for", lambda device: CpuBackend())
         yield LLM(device="cuda", ctx=ctx, draft_model=draft_model)
+
+
+def prefill_in_torch(session: Session, prompt: Sequence[int]) -> None:
+    """The prompt as the CPU processes it, so that what follows can be compared with it closely."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_prefill", partial(session.llm.model.prefill, cache=session.cache))
+        session.prefill(prompt)
 
 
 def greedy(session: Session, prompt: Sequence[int], n: int) -> tuple[list[int], Tensor]:
@@ -61,7 +69,7 @@ def speculated(
 def assert_as_plain(
     session: Session, ids: list[int], rows: Tensor, plain: tuple[list[int], Tensor, Session]
 ) -> tuple[int, Session]:
-    """Tokens, logits and every live byte of the trunk's cache are those of single steps, ``plain``: its tokens, rows and
+    """Tokens, logits and every live byte of the trunk's cache are those of single steps, ``plain``: tokens, rows and
     session. The position that was compared, and that session."""
     assert ids == plain[0][: len(ids)]
     assert torch.equal(rows, plain[1][: len(rows)])

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuemu.backend import missing
-from emulation import assert_as_plain, emulated_llm, greedy, speculated, stepped
+from emulation import assert_as_plain, emulated_llm, greedy, prefill_in_torch, speculated, stepped
 from feeding import Recorder, drafted, relative
 from torch import Tensor
 
@@ -101,7 +101,7 @@ def test_drafts_of_host_device_and_torch(
     """Chosen by the host from the kernels' logits, on the device, and by the head in torch."""
     session, reference = llm.session(), by_torch.session()
     for each in (session, reference):
-        each.prefill(prompt)
+        prefill_in_torch(each, prompt)
         each.decode(plain[0][:1])
     history = [*prompt, *plain[0][:2]]
     drafter, other = drafter_of(session), reference.drafter
@@ -131,7 +131,7 @@ def test_first_tokens_of_a_text(llm: LLM, by_torch: LLM, prompt: list[int]) -> N
     assert other is not None
     assert drafter.draft(prompt[:1], 5, Recorder()).tokens == []
     for each in (session, reference):
-        each.prefill(prompt[:2])
+        prefill_in_torch(each, prompt[:2])
     (draft, logits), (expected, rows) = (drafted(each, prompt[:3], 5) for each in (drafter, other))
     assert draft.tokens == expected.tokens
     assert relative(logits, rows) < CLOSE
