@@ -298,6 +298,7 @@ def _option(name: str) -> str:
 @main.command()
 @click.option("--one-answer", is_flag=True, help="Compare every way to decode with plain decoding, bit for bit.")
 @click.option("-m", "--model", metavar="PATH", help="Checkpoint or hub name; the bundled small model if left out.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run (auto).")
 @click.option("--draft-model", metavar="PATH", help="Draft head in a file of its own, or its hub name.")
 @click.option("--tokens", type=WholeRange(1), default=50_000, metavar="N", help="Compare at least N tokens (50000).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -311,7 +312,7 @@ def verify(one_answer: bool, **wanted: Any) -> int:
     
     Examples:
       ds4 verify --one-answer
-      ds4 verify --one-answer -m model.gguf --tokens 2000 --json
+      ds4 verify --one-answer -m model.gguf --device cuda --tokens 2000 --json
     """
     if not one_answer:
         raise click.UsageError("choose what to verify: --one-answer")

@@ -185,6 +185,7 @@ def begin(llm: LLM, ctx: int | None, n_more: int) -> tuple[list[int], int, Decod
     position = _position(llm.checkpoint, ctx, PROFILE_POSITION, n_more)
     ids = Prompt(llm, "code" if llm.tokenizer else "random", position + n_more).body
     session = llm.session(position + n_more)
+    session.cache.reserve(session.ctx)  # for the steps too, which are the decoder's own
     bar = ProgressBar("processing the prompt", tokens=True)
     try:
         session.prefill(ids[:position], progress=bar.update)

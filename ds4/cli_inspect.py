@@ -171,7 +171,8 @@ def fit_table(d: dict[str, Any]) -> Table:
     fit = d["fit"]
     table = _columns(f"memory at {fit['ctx']:,} tokens", "size")
     shown = {"weights": "weights", "cache": "cache and state", "steps": "workspaces of decode steps"}
-    shown |= {"graphs": "CUDA graphs", "copies": "copies for the prompt", "reserve": "reserve"}
+    shown |= {"prompts": "workspaces of prompts", "graphs": "CUDA graphs", "copies": "FP32 copies"}
+    shown |= {"reserve": "reserve"}
     for name, text in shown.items():
         table.add_row(text, binary_size(fit[f"{name}_bytes"]))
     table.add_row("total", binary_size(fit["total_bytes"]), style="bold")

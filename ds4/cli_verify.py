@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from ds4.one_answer import Cell, Mismatch, Report
 
 _SHOWN = 5
+_SESSIONS = 3  # at a time: the plain one, a run's, and that one restored
 
 
-def verify_command(model: str | None, draft_model: str | None, tokens: int, as_json: bool) -> int:
+def verify_command(model: str | None, device: str, draft_model: str | None, tokens: int, as_json: bool) -> int:
     """Run the comparison and print its report; the exit code, 0 if it found no problem, else 1."""
     import torch
 
@@ -25,9 +26,14 @@ def verify_command(model: str | None, draft_model: str | None, tokens: int, as_j
     from ds4.one_answer import verify_one_answer
 
     torch.set_num_threads(1)
+    bar = ProgressBar("loading the weights", bytes_done=True)
+    try:
+        llm = LLM(model, device=device, draft_model=draft_model, on_load=bar.update, sessions=_SESSIONS)
+    finally:
+        bar.close()
     bar = ProgressBar("comparing")
     try:
-        report = verify_one_answer(LLM(model, device="cpu", draft_model=draft_model), tokens, bar.update)
+        report = verify_one_answer(llm, tokens, bar.update)
     finally:
         bar.close()
     if as_json:
@@ -74,10 +80,15 @@ def summary(report: Report) -> Text:
 
 def mismatch_lines(m: Mismatch) -> list[str]:
     """Where it is, and the largest logits of both rows; --json has the rows whole."""
+    where = (
+        f"first difference: draft {m.draft}, chunk {m.chunk or 'whole'}, {m.resume}, {m.kind} prompt of "
+        f"{m.prompt_tokens} tokens, position {m.position}: token {m.token}, plain {m.expected_token}"
+    )
+    if not m.logits:
+        return [where]
     differ = [abs(a - b) for a, b in zip(m.logits, m.expected_logits, strict=True)]
     return [
-        f"first difference: draft {m.draft}, chunk {m.chunk or 'whole'}, {m.resume}, {m.kind} prompt of "
-        f"{m.prompt_tokens} tokens, position {m.position}: token {m.token}, plain {m.expected_token}",
+        where,
         f"{sum(d != 0 for d in differ):,} of {len(differ):,} logits differ, by up to {max(differ):.3g}",
         f"logits: {_largest(m.logits)}",
         f"plain:  {_largest(m.expected_logits)}",

@@ -213,14 +213,13 @@ class LLM:
         return store.Saved(path).session(self, ctx)
 
     def session_bytes(self, ctx: int | None = None) -> int:
-        """Bytes of state that a session of this capacity allocates."""
+        """Bytes of state of a session of this capacity when its text is as long."""
         return cache_bytes(self.config, self.model.formats(), self.ctx if ctx is None else ctx)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits f32 ``[n, vocab]`` of every token of a text, in the prefill form; row i predicts token i + 1."""
-        session = self.session(max(1, len(ids)))
-        return self.model.prefill(session._check(ids), 0, session.cache, all_logits=True)
+        return self.session(max(1, len(ids))).rows(ids)
 
     def encode_prompt(
         self,

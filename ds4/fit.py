@@ -21,6 +21,7 @@ from torch import Tensor
 from ds4.errors import Ds4Error
 from ds4.kernels.packing import PlaneMatrix
 from ds4.kv.spec import RowFormats, cache_bytes, layer_spec
+from ds4.model.prefill_pass import CAPACITIES, PrefillPass, capacity_for
 from ds4.model.steps import DecodeStep
 from ds4.model.transformer import Transformer
 from ds4.profiling.shapes import shape_model
@@ -28,8 +29,8 @@ from ds4.weights.checkpoint import Checkpoint
 from ds4.weights.dense_cache import BUDGET_BYTES, TILED_BYTES
 
 RESERVE_BYTES = {"cuda": 2 << 30, "cpu": 512 << 20}
-"""Set aside for what nobody counts: on a GPU the CUDA context, loaded kernels and the tiles of the prefill form (not
-measured on one yet), on the CPU torch itself and activations."""
+"""Set aside for what nobody counts: on a GPU the CUDA context and loaded kernels (not measured on one yet), on the CPU
+torch itself and activations."""
 
 SHORT_CTX = 4096
 """Workspaces of shorter contexts count as this one's."""
@@ -45,8 +46,10 @@ class Fit:
     weights  in memory; ``mapped``: they stay in the file and do not count
     cache    rows, keys and compressor state of all sessions
     steps    results and workspaces of the decode steps' launch lists
+    prompts  the same of a prompt's passes, for all capacities that the context needs
     graphs   CUDA graphs of these lists
-    copies   FP32 copies of matrices for the prefill form, and on the CPU for decode steps
+    copies   FP32 copies of matrices: on the CPU of those that steps multiply, on a GPU of a draft head's, whose rows of
+             a prompt are made in torch
     reserve  RESERVE_BYTES
     max_ctx  longest context that fits, at most the model's own; 0 where none does
     """
@@ -56,6 +59,7 @@ class Fit:
     weights_bytes: int
     cache_bytes: int
     steps_bytes: int
+    prompts_bytes: int
     graphs_bytes: int
     copies_bytes: int
     reserve_bytes: int
@@ -65,7 +69,7 @@ class Fit:
     @property
     def parts(self) -> dict[str, int]:
         """What counts, by name."""
-        counted = {field.name.removesuffix("_bytes"): getattr(self, field.name) for field in fields(self)[2:8]}
+        counted = {field.name.removesuffix("_bytes"): getattr(self, field.name) for field in fields(self)[2:9]}
         return {name: 0 if name == "weights" and self.mapped else n_bytes for name, n_bytes in counted.items()}
 
     @property
@@ -82,7 +86,7 @@ class Fit:
     def line(self) -> str:
         """One line of what will be allocated."""
         shown = {"weights": "weights", "cache": f"cache of {self.ctx:,} tokens", "steps": "workspaces"}
-        shown |= {"graphs": "graphs", "copies": "copies", "reserve": "reserve"}
+        shown |= {"prompts": "prompt workspaces", "graphs": "graphs", "copies": "copies", "reserve": "reserve"}
         parts = [f"{shown[name]} {binary_size(n_bytes)}" for name, n_bytes in self.parts.items() if n_bytes]
         return f"memory: {', '.join(parts)}; {binary_size(self.total_bytes)} of {binary_size(self.memory_bytes)} free"
 
@@ -126,7 +130,7 @@ class Planner:
     ) -> None:
         self.checkpoint, self.config, self.device = checkpoint, checkpoint.config, device
         self.n_toks, self.sessions = tuple(n_toks) if device == "cuda" else (), sessions
-        self._built: dict[int, tuple[int, int]] = {}
+        self._built: dict[int, tuple[int, int, int]] = {}
         self._mapped = in_file and device == "cpu"
         self.formats = formats or RowFormats.of(self.config, kv_fp8=True, kv_rope_bf16=True, index_fp4=True)
 
@@ -141,13 +145,14 @@ class Planner:
         return self._bill(ctx, memory_bytes, high)
 
     def _bill(self, ctx: int, memory_bytes: int, max_ctx: int) -> Fit:
-        workspaces, launches = self._lists(ctx)
+        workspaces, prompts, launches = self._lists(ctx)
         return Fit(
             ctx,
             memory_bytes,
             self._weights,
             self.sessions * self.session_bytes(ctx),
             self.sessions * workspaces,
+            self.sessions * prompts,
             self.sessions * launches * GRAPH_BYTES_PER_LAUNCH,
             min(BUDGET_BYTES, self._dense),
             RESERVE_BYTES[self.device],
@@ -184,8 +189,12 @@ class Planner:
     @cached_property
     def _dense(self) -> int:
         """FP32 bytes of the matrices that are small enough to be kept as copies; experts are stacks of them."""
-        total = 0
+        total, only = 0, "mtp." if self.device == "cuda" else ""
+        if only and max(self.n_toks, default=1) == 1:
+            return 0
         for name, _, shape, _ in self.checkpoint.stored_groups():
+            if not name.startswith(only):
+                continue
             count, matrix = (shape[0], shape[1:]) if "*" in name else (1, shape)
             if len(matrix) == 2 and 4 * matrix[0] * matrix[1] <= TILED_BYTES:
                 total += count * 4 * matrix[0] * matrix[1]
@@ -204,29 +213,31 @@ class Planner:
         model.blocks = [self._shapes.blocks[i] for i in layers]
         return model, layers, [kinds.count(kinds[i]) for i in layers]
 
-    def _lists(self, ctx: int) -> tuple[int, int]:
-        """(bytes, launches) of all lists at the power of two that holds ``ctx`` tokens: what they need is a little less
-        than proportional to the context, and small."""
+    def _lists(self, ctx: int) -> tuple[int, int, int]:
+        """(bytes of steps, of prompts, launches of steps) of all lists at the power of two that holds ``ctx`` tokens:
+        what they need is a little less than proportional to the context, and small."""
         ctx = min(max(SHORT_CTX, 1 << (ctx - 1).bit_length()), self.config.max_position_embeddings)
         if ctx not in self._built:
             self._built[ctx] = self._build(ctx)
         return self._built[ctx]
 
-    def _build(self, ctx: int) -> tuple[int, int]:
+    def _build(self, ctx: int) -> tuple[int, int, int]:
         if self._sample is None:
-            return 0, 0
+            return 0, 0, 0
         model, layers, times = self._sample
         cache = model.new_cache(ctx)
         cache.layers = [cache.layers[i] for i in layers]
         n_bytes = launches = 0
-        for n_tok in self.n_toks:
-            try:
+        try:
+            for n_tok in self.n_toks:
                 step = DecodeStep(model, cache, n_tok)
-            except (Ds4Error, ValueError):  # sizes that no kernel has: it will be refused when it is to decode
-                return 0, 0
-            n_bytes += step.workspace_bytes
-            launches += sum(len(part.calls) * (1 if part.layer is None else times[part.layer]) for part in step.parts)
-        return n_bytes, launches
+                n_bytes += step.workspace_bytes
+                in_layers = (len(part.calls) * (1 if part.layer is None else times[part.layer]) for part in step.parts)
+                launches += sum(in_layers)
+            prompts = sum(PrefillPass(model, cache, n).workspace_bytes for n in CAPACITIES if n <= capacity_for(ctx))
+        except (Ds4Error, ValueError):  # sizes that no kernel has: it will be refused when it is to be processed
+            return 0, 0, 0
+        return n_bytes, prompts, launches
 
 
 def weight_storages(model: Transformer) -> dict[int, int]:

@@ -3,7 +3,12 @@
 Plain decoding processes a prompt at once and then one token at a time, without a draft head. Every run does the same
 two turns another way: with drafts of a fixed or an adapting length or from a drafter that is wrong on purpose, the
 prompts in chunks, and in the middle of each answer nothing happens (live), tokens are undone and decoded again
-(rewound), or the session goes through a file (restored). The second turn continues the session of the first.
+(rewound), or the session goes through a file (restored). The second turn continues the session of the first. The
+cache of a run grows with its text; that of plain decoding is as large as it will be from the beginning.
+
+On a GPU all of that goes through kernels, plain decoding too, and the device's own loop drafts, verifies and accepts.
+There are more runs there, with steps that are launched before it is known what those in front of them chose: of these
+only the tokens are compared, as their logits never leave the device, and what they left in the cache.
 """
 
 from __future__ import annotations
@@ -19,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds4.ahead import decoding
 from ds4.draft_length import Costs
 from ds4.engine import LLM
-from ds4.errors import Ds4Error
 from ds4.one_answer_matrix import (
     ADVERSARIES,
     CHUNKS,
@@ -38,10 +43,13 @@ from ds4.one_answer_matrix import (
     prompts,
 )
 from ds4.sampling import Sampler, SamplingParams
+from ds4.session import Session
 from ds4.speculation import DraftStatistics, Speculation
 
 _RUN_TOKENS = 100
 """Tokens of a run, at least, before more prompts are taken."""
+_FIRST_TOKENS = 128
+"""That a run's cache has room for at first; longer prompts, and answers behind shorter ones, make it grow."""
 
 
 @dataclass
@@ -60,7 +68,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A token, or the logits behind it, that differ from plain decoding; ``position`` is the token's in the text."""
+    """A token, or the logits behind it, that differ from plain decoding; ``position`` is the token's in the text.
+
+    ``logits`` are empty where they stayed on the device.
+    """
 
     draft: str
     chunk: int | None
@@ -107,7 +118,7 @@ class _Run:
     def compare(self, prompt: Prompt, expected: Sequence[tuple[list[int], Tensor]]) -> Mismatch | None:
         """Both turns against the tokens and rows of ``expected``; the first difference."""
         text = [t for ids, (answer, _) in zip(prompt.turns, expected, strict=True) for t in (*ids, *answer)]
-        self.session = self.llm.session(len(text))
+        self.session = Session(self.llm, len(text), _FIRST_TOKENS)
         if self.mode.adversary is not None:
             propose = partial(ADVERSARIES[self.mode.adversary], self.llm.config.vocab_size, text)
             self.session.drafter = Adversary(propose)
@@ -121,25 +132,27 @@ class _Run:
                 i, token, row = wrong
                 at = len(self.history) - 1
                 where = (self.cell.draft, self.cell.chunk, self.cell.resume, prompt.kind, len(prompt.turns[0]), at)
-                found = Mismatch(*where, token, tokens[i], row.tolist(), rows[i].tolist())
+                found = Mismatch(*where, token, tokens[i], [] if row is None else row.tolist(), rows[i].tolist())
                 self.cell.mismatches += 1
                 break
         self.cell.accepted += sum(d.accepted for d in self.drafts)
         self.cell.rejected += sum(d.drafted + d.cut - d.accepted for d in self.drafts)
         return found
 
-    def _turn(self, ids: Sequence[int], tokens: Sequence[int], rows: Tensor) -> tuple[int, int, Tensor] | None:
-        """(index, token, row) of the first difference in one turn; ``history`` then ends with that token."""
+    def _turn(self, ids: Sequence[int], tokens: Sequence[int], rows: Tensor) -> tuple[int, int, Tensor | None] | None:
+        """(index, token, its row if there is one) of the first difference in one turn; ``history`` then ends with that
+        token."""
         self.history += ids
         sampler = Sampler(SamplingParams())
         logits = self._prefill().cpu()
-        chosen, from_rows = [sampler.sample(logits, self.history)], logits[None]
+        chosen: list[int] = [sampler.sample(logits, self.history)]
+        from_rows: Sequence[Tensor | None] = [logits]
         speculation = self._speculation(sampler)
         i, resumed = 0, False
         while True:
             for token, row in zip(chosen, from_rows, strict=True):
                 self.history.append(token)
-                if token != tokens[i] or not torch.equal(row, rows[i]):
+                if token != tokens[i] or (row is not None and not torch.equal(row, rows[i])):
                     return i, token, row
                 i += 1
             if not resumed and 2 * i >= len(tokens):
@@ -149,11 +162,16 @@ class _Run:
             if i == len(tokens):
                 self.cell.tokens += i
                 return None
-            step = speculation.step(self.history, len(tokens) - i)
-            chosen, from_rows = step.tokens, step.logits
+            if self.mode.ahead:
+                chosen = speculation.tokens(self.history, len(tokens) - i)
+                from_rows = [None] * len(chosen)
+            else:
+                step = speculation.step(self.history, len(tokens) - i)
+                chosen, from_rows = step.tokens, list(step.logits.cpu())
 
     def _speculation(self, sampler: Sampler) -> Speculation:
-        speculation = Speculation(self.session, sampler, self.mode.length, self.costs)
+        make = decoding if self.mode.ahead else Speculation
+        speculation = make(self.session, sampler, self.mode.length, self.costs)
         self.drafts.append(speculation.statistics)
         return speculation
 
@@ -187,12 +205,7 @@ class _Run:
 
 
 def verify_one_answer(llm: LLM, tokens: int, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Compare at least ``tokens`` tokens over the matrix; ``progress(runs done, runs in all)``.
-
-    Raises Ds4Error where the model runs on a GPU: the matrix has not been tried there.
-    """
-    if llm.backend is not None:
-        raise Ds4Error("verify: --one-answer compares on the CPU so far; use --device cpu")
+    """Compare at least ``tokens`` tokens over the matrix; ``progress(runs done, runs in all)``."""
     started, report, costs, ways = time.monotonic(), Report(), Costs(), modes(llm)
     report.prompts = max(1, min(len(LENGTHS) * len(KINDS), tokens // (len(ways) * _RUN_TOKENS)))
     n = max(4, -(-tokens // (len(ways) * report.prompts * 2)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,11 +38,13 @@ _MORE = (3, 17, 1, 40)
 
 @dataclass(frozen=True)
 class Mode:
-    """How a run drafts: ``length``, and a drafter of this name instead of the head's."""
+    """How a run drafts: ``length``, and a drafter of this name instead of the head's; ``ahead``: on the device, each
+    step launched before it is known what the one in front of it chose."""
 
     name: str
     length: DraftLength
     adversary: str | None = None
+    ahead: bool = False
 
     @property
     def accepts(self) -> bool:
@@ -96,11 +98,14 @@ ADVERSARIES = {"random": _random, "wrong": _wrong, "right-wrong": _right_wrong}
 
 
 def modes(llm: LLM) -> list[Mode]:
-    """Plain, every length of the model's draft head if it has one, AUTO, and the adversaries."""
+    """Plain, every length of the model's draft head if it has one, AUTO, and the adversaries; on a GPU all but these
+    also with steps launched ahead."""
     head = llm.new_drafter()
     lengths = [Mode(f"k = {k}", k) for k in range(1, head.max_tokens + 1)] if head is not None else []
     auto = [Mode(AUTO, AUTO)] if head is not None else []
-    return [Mode("off", 0), *lengths, *auto, *(Mode(name, MAX_LENGTH, name) for name in ADVERSARIES)]
+    by_head = [Mode("off", 0), *lengths, *auto]
+    ahead = [replace(mode, name=f"{mode.name} ahead", ahead=True) for mode in by_head if llm.backend is not None]
+    return [*by_head, *ahead, *(Mode(name, MAX_LENGTH, name) for name in ADVERSARIES)]
 
 
 def prompts(llm: LLM, n: int) -> Iterator[Prompt]:
@@ -130,8 +135,8 @@ def _long(llm: LLM, kind: str) -> list[int]:
 
 
 def drafting_nothing(llm: LLM, ctx: int) -> Session:
-    """A session that drafts nothing."""
-    session = llm.session(ctx)
+    """A session that drafts nothing, and whose cache never grows."""
+    session = Session(llm, ctx, first=ctx)
     session.drafter = None
     return session
 

@@ -15,6 +15,8 @@ from ds4.errors import Ds4Error
 from ds4.graph.loop import DeviceLoop, Outcome
 from ds4.kernels.launch import DECODE_ROWS, Launch
 from ds4.kernels.threads import one_thread
+from ds4.kv.cache import FIRST_TOKENS
+from ds4.model.prefill_pass import Prefiller
 from ds4.model.steps import Decoder
 from ds4.mtp.drafter import Draft, Drafter, KernelDrafter
 from ds4.profiling.environment import decoder_for, print_report
@@ -49,15 +51,21 @@ class Session:
 
     drafter  is shown every token and proposes the next ones; None where nothing is drafted. Another one can take its
              place while the session is empty.
+    first    tokens that there is room for at first (None: FIRST_TOKENS); no result depends on it
     """
 
-    def __init__(self, llm: LLM, ctx: int) -> None:
+    def __init__(self, llm: LLM, ctx: int, first: int | None = None) -> None:
         self.llm = llm
         self.ctx = ctx
         self.ids: list[int] = []
         with explained_memory(f"a context of {ctx} tokens; choose a smaller --ctx"):
-            self.cache = llm.model.new_cache(ctx, decoded=llm.backend is None)
-        self._decoder = decoder_for(llm.model, self.cache, llm.backend) if llm.backend is not None else None
+            first = FIRST_TOKENS if first is None else first
+            self.cache = llm.model.new_cache(ctx, first=first, decoded=llm.backend is None)
+        self._decoder: Decoder | None = None
+        self._prefill: Callable[..., Tensor] = partial(llm.model.prefill, cache=self.cache)
+        if llm.backend is not None:
+            self._decoder = decoder_for(llm.model, self.cache, llm.backend)
+            self._prefill = Prefiller(llm.model, self.cache, llm.backend).prefill
         self._highest = 0
         self.drafter = llm.new_drafter(self._decoder)
 
@@ -83,6 +91,7 @@ class Session:
         return len(self.ids)
 
     def _check(self, ids: Sequence[int]) -> list[int]:
+        """The tokens that come next, with room for them made in the cache. Raises Ds4Error, and nothing has changed."""
         ids = [int(i) for i in ids]
         if not ids:
             raise ValueError("no tokens given")
@@ -95,6 +104,7 @@ class Session:
             missing = self.llm.session_bytes(wanted) - self.llm.session_bytes(self.ctx)
             more = f" or use --ctx {wanted}, which takes {missing:,} bytes more" if wanted <= most else ""
             raise Ds4Error(f"ctx: {wanted} tokens do not fit the context of {self.ctx}; shorten the prompt{more}")
+        self.cache.reserve(wanted)
         return ids
 
     @torch.inference_mode()
@@ -112,10 +122,9 @@ class Session:
         logits = torch.empty(0)
         try:
             for i in range(0, len(ids), step):
-                logits = self.llm.model.prefill(
+                logits = self._prefill(
                     ids[i : i + step],
                     self.position,
-                    self.cache,
                     taken=self.ids,
                     progress=partial(_report, progress, i, len(ids)) if progress else None,
                     observer=self.drafter,
@@ -128,6 +137,13 @@ class Session:
             self._highest = max(self._highest, self.position)
         if progress is not None:
             progress(len(ids), len(ids))
+        return logits
+
+    @torch.inference_mode()
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        """The logits f32 ``[n, vocab]`` of every token of a text that an empty session begins with."""
+        logits = self._prefill(self._check(ids), self.position, all_logits=True, taken=self.ids, observer=self.drafter)
+        self._highest = self.position
         return logits
 
     def _forget(self) -> None:
@@ -184,18 +200,23 @@ class Session:
         with one_thread():
             return self.drafter.draft(history, k, sampler)
 
-    def loop(self, sampler: Sampler) -> DeviceLoop | None:
+    def loop(self, sampler: Sampler, *, drawing: bool = False) -> DeviceLoop | None:
         """The device's own loop over this session (ds4/ahead.py); None where there is none that chooses as this sampler
-        does, or that drafts as this session's drafter: it is greedy, and does not look at the text."""
-        greedy = sampler.params.temperature == 0 and sampler.params.repetition_penalty == 1
-        if self._decoder is None or self._decoder.timed or self.drafter is not self._kernel_drafter or not greedy:
+        does, or that drafts as this session's drafter: it does not look at the text.
+
+        drawing  also for a sampler that draws; else for a greedy one, which :meth:`speculate` wants
+        """
+        params = sampler.params
+        alike = params.repetition_penalty == 1 and (drawing or params.temperature == 0)
+        if self._decoder is None or self._decoder.timed or self.drafter is not self._kernel_drafter or not alike:
             return None
         if self._loop is None:
             self._loop = DeviceLoop(self._decoder, self._kernel_drafter)
         return self._loop
 
     def reach(self, position: int) -> None:
-        """The loop is going to process tokens up to ``position`` at most."""
+        """The loop is going to process tokens up to ``position`` at most. Raises Ds4Error where there is no room."""
+        self.cache.reserve(min(position, self.ctx))
         self._highest = max(self._highest, position)
 
     def take(self, token: int, loop: DeviceLoop) -> Outcome:

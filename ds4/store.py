@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ds4.engine import LLM
     from ds4.session import Session
 
-FORMAT, VERSION = "ds4-session", "1"
+FORMAT, VERSION = "ds4-session", "2"
 _TAIL = "draft.tail."
 
 
@@ -245,6 +245,7 @@ class Saved:
         ids = self._tensor("ids", torch.int32, (record.tokens,)).tolist()
         if not all(0 <= i < llm.config.vocab_size for i in ids) or not 0 <= record.undone <= session.cache.max_draft:
             raise self._damaged("its record")
+        session.cache.reserve(record.tokens)
         places = _all_rows(session.cache.layers, "layers", record.tokens)
         head = _draft_head(session)
         if head is not None and record.draft == fingerprint(llm.checkpoint, draft=True):

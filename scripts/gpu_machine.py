@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -90,19 +91,20 @@ def model(root: Path, skip: type[Exception]) -> Iterator[Step]:
         raise skip(f"the engine cannot be imported here: {error}") from None
     except Ds4Error as error:
         raise skip(str(error)) from None
-    yield "verify.sh --device cuda", partial(verify, root)
+    yield "verify.sh --device cuda", partial(command, root, str(root / "verify.sh"), "--device", "cuda")
     yield f"greedy parity, {kernel_parity.TOKENS} tokens", parity
+    one_answer = (sys.executable, "-m", "ds4", "verify", "--one-answer", "--device", "cuda", "--tokens", "2000")
+    yield "one answer", partial(command, root, *one_answer)
 
 
-def verify(root: Path) -> tuple[str, Any]:
-    """The correctness gate on CUDA. Raises AssertionError where a check fails."""
-    command = [str(root / "verify.sh"), "--device", "cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+def command(root: Path, *words: str) -> tuple[str, Any]:
+    """A command that checks something; its last line. Raises AssertionError where it fails."""
+    done = subprocess.run(words, capture_output=True, text=True, cwd=root, check=False)
     print(done.stdout, done.stderr, flush=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
     if done.returncode:
         raise AssertionError(last)
-    return last, {"command": " ".join(command)}
+    return last, {"command": " ".join(words)}
 
 
 def parity() -> tuple[str, Any]:

@@ -37,7 +37,9 @@ def run(*arguments: str):
 def test_the_table_fits_60_columns(found: Report) -> None:
     result = run("--one-answer", "-m", "x.gguf", "--draft-model", "y.gguf", "--tokens", "77")
     assert result.exit_code == 0, result.output
-    assert calls == [(("x.gguf",), {"device": "cpu", "draft_model": "y.gguf"}), 77]
+    (where, options), n = calls
+    assert (where, n) == (("x.gguf",), 77)
+    assert options == {"device": "auto", "draft_model": "y.gguf", "on_load": options["on_load"], "sessions": 3}
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 60
     assert lines[0].split() == ["draft", "resumed", "tokens", "accepted", "rejected", "differ"]
@@ -63,6 +65,12 @@ def test_a_mismatch_is_shown_with_both_rows_and_fails(found: Report) -> None:
     assert "logits: 2: 2, 1: 1.5, 0: 0 plain: 1: 1.5, 2: 1.25, 0: 0" in text
     assert "and 4 more problems" in text
     assert text.endswith("FAILED")
+    found.first_mismatch = Mismatch(*where, 2, 1, [], [0.0, 1.5, 1.25])
+    result = run("--one-answer", "--device", "cuda")
+    assert calls[-2][1]["device"] == "cuda"
+    text = " ".join(result.stdout.split())
+    assert "position 140: token 2, plain 1 draft k = 7: differs" in text
+    found.first_mismatch = Mismatch(*where, 2, 1, [0.0, 1.5, 2.0], [0.0, 1.5, 1.25])
     result = run("--one-answer", "--json")
     assert result.exit_code == 1
     record = json.loads(result.stdout)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
+from cuemu.backend import missing
+from mtp.emulation import emulated_llm
 
 import ds4.kv.cache
-from ds4 import LLM, Ds4Error, one_answer, one_answer_matrix, speculation
-from ds4.kv.spec import MAX_DRAFT, layer_spec
+from ds4 import LLM, one_answer, one_answer_matrix, speculation
+from ds4.ahead import Ahead
+from ds4.kv.cache import KVCache
+from ds4.kv.spec import MAX_UNDONE, layer_spec
 from ds4.model.compressor import Compressor
 from ds4.mtp.accept import Accepted, accept
 from ds4.mtp.drafter import Draft
 from ds4.mtp.mtp_block import MTPDrafter
 from ds4.one_answer import Cell, Report, verify_one_answer
-from ds4.one_answer_matrix import ADVERSARIES, CHUNKS, KINDS, LENGTHS, RESUMES, Mode, modes, prompts
+from ds4.one_answer_matrix import ADVERSARIES, CHUNKS, KINDS, LENGTHS, RESUMES, Mode, Prompt, modes, prompts
 from ds4.sampling import Sampler
 from ds4.session import Session
 
@@ -85,7 +90,7 @@ def test_modes_are_those_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_ring_of_exactly_the_window_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def strict(config, ratio, max_draft=MAX_DRAFT):
+    def strict(config, ratio, max_draft=MAX_UNDONE):
         return replace(layer_spec(config, ratio, max_draft), ring_slots=config.sliding_window)
 
     assert run(monkeypatch, 40, [ADVERSE]).mismatches == 0
@@ -191,7 +196,70 @@ def test_cells_count_what_they_should() -> None:
     ]
 
 
-def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm(), "backend", object())
-    with pytest.raises(Ds4Error, match="verify: --one-answer compares on the CPU so far; use --device cpu"):
-        verify_one_answer(llm(), 10)
+# Through kernels
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Iterator[LLM]:
+    if missing() is not None:
+        pytest.skip(str(missing()))
+    with emulated_llm(512) as made:
+        yield made
+
+
+def short(monkeypatch: pytest.MonkeyPatch, model: LLM) -> int:
+    """One short prompt only; how many tokens it has."""
+    ids = model.encode_prompt("Tell me a story about a lighthouse.")
+    monkeypatch.setattr(one_answer, "prompts", lambda llm, n: [Prompt("story", (ids, ids[:3]))])
+    return len(ids)
+
+
+def test_it_holds_through_kernels(emulated: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the device's own loop, with its own drafts, ahead too, and by drafts of the host; caches grow meanwhile."""
+    ways = [Mode("k = 2", 2), Mode("k = 1 ahead", 1, ahead=True), ADVERSE]
+    n_prompt = short(monkeypatch, emulated)
+    monkeypatch.setattr(one_answer, "modes", lambda llm: ways)
+    monkeypatch.setattr(one_answer, "CHUNKS", (None,))
+    monkeypatch.setattr(one_answer, "_FIRST_TOKENS", n_prompt + 2)
+    ahead, grown, right, grow = [], [], Ahead.tokens, KVCache._grow
+
+    def watched(self: Ahead, history, most: int) -> list[int]:
+        tokens = right(self, history, most)
+        ahead.append(len(self._loop.flying))
+        return tokens
+
+    def growing(self: KVCache, capacity: int) -> None:
+        grown.append(capacity)
+        grow(self, capacity)
+
+    monkeypatch.setattr(Ahead, "tokens", watched)
+    monkeypatch.setattr(KVCache, "_grow", growing)
+    report = verify_one_answer(emulated, 24)
+    assert (report.mismatches, report.tokens) == (0, 24)
+    assert [cell.draft for cell in report.cells] == [mode.name for mode in ways]
+    assert {cell.resume for cell in report.cells} == set(RESUMES)
+    assert [sum(c.accepted for c in report.cells) > 0, sum(c.rejected for c in report.cells) > 0] == [True, True]
+    assert max(ahead) == 1
+    assert len(grown) >= len(ways)
+
+
+def test_a_wrong_token_is_seen_where_rows_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generous(draft, logits, history, sampler):
+        n = min(accept(draft, logits, history, sampler).n + 1, len(draft.tokens))
+        return Accepted(n, sampler.sample(logits[n], history))
+
+    ways = [Mode("k = 3 ahead", 3, ahead=True)]
+    short(monkeypatch, llm())
+    assert run(monkeypatch, 24, ways).mismatches == 0
+    monkeypatch.setattr(speculation, "accept", generous)
+    found = run(monkeypatch, 24, ways).first_mismatch
+    assert found is not None
+    assert found.token != found.expected_token
+    assert (found.logits, len(found.expected_logits)) == ([], llm().config.vocab_size)
+
+
+def test_modes_of_a_gpu(emulated: LLM) -> None:
+    names = [mode.name for mode in modes(emulated)]
+    by_head = ["off", *(f"k = {k}" for k in range(1, 8)), "auto"]
+    assert names == [*by_head, *(f"{name} ahead" for name in by_head), *ADVERSARIES]
+    assert [mode.ahead for mode in modes(emulated)] == [name.endswith("ahead") for name in names]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import ds4.kv.cache
 from ds4.engine import LLM, Session
-from ds4.kv.spec import MAX_DRAFT, layer_spec
+from ds4.kv.spec import MAX_DRAFT, MAX_UNDONE, layer_spec
 
 # Prompt lengths around the windows of 4 and 128, the ring, and 512 tokens, beyond which the indexer leaves rows out.
 PROMPTS = (1, 5, 127, 128, 131, 259, 509, 523)
@@ -171,10 +171,10 @@ def test_compressor_rings_without_room_for_drafts_fail(monkeypatch: pytest.Monke
         base.cache_clear()
 
 
-def test_rewinding_further_than_max_draft_is_refused() -> None:
+def test_rewinding_further_than_allowed_is_refused() -> None:
     session = start(120)
     session.decode(text()[120:124])
     session.rewind(3)
-    session.rewind(MAX_DRAFT - 3)
+    session.rewind(MAX_UNDONE - 3)
     with pytest.raises(ValueError, match="can undo at most 0 more"):
         session.rewind(1)

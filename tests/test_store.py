@@ -16,15 +16,15 @@ from torch import Tensor
 from ds4 import engine, store
 from ds4.engine import LLM, Session
 from ds4.kv.cache import KVCache
-from ds4.kv.spec import MAX_DRAFT, RowFormats
+from ds4.kv.spec import MAX_UNDONE, RowFormats
 from ds4.mtp.accept import accept
 from ds4.mtp.dspark import DSparkDrafter
 from ds4.mtp.mtp_block import MTPDrafter
 from ds4.sampling import Sampler, SamplingParams
 from ds4.weights.published import FLASH
 
-# Around the windows of 4 and 128 tokens, the ring of 136 rows, the draft ring of 144, and second times around.
-POSITIONS = (1, 4, 5, 127, 128, 131, 135, 136, 137, 144, 145, 271, 273)
+# Around the windows of 4 and 128 tokens, the ring of 144 rows, the draft ring of 152, and second times around.
+POSITIONS = (1, 4, 5, 127, 128, 131, 143, 144, 145, 152, 153, 287, 289)
 GENERATED = 40
 
 
@@ -129,8 +129,8 @@ def test_undone_right_after_loading(path: Path, position: int, undo: int) -> Non
     check_continues_alike(session, restored, 20)
 
 
-@pytest.mark.parametrize("position", [8, 136, 140, 276])
-def test_all_eight_undone(path: Path, position: int) -> None:
+@pytest.mark.parametrize("position", [16, 144, 148, 276])
+def test_all_undone(path: Path, position: int) -> None:
     """After single steps, so that nothing was undone before."""
     session, ids = llm().session(), text(position)
     session.prefill(ids[: position - 4])
@@ -139,8 +139,8 @@ def test_all_eight_undone(path: Path, position: int) -> None:
     session.save(path)
     restored = llm().load_session(path)
     for each in (session, restored):
-        each.rewind(MAX_DRAFT)
-    assert torch.equal(session.prefill(ids[position - 8 :]), restored.prefill(ids[position - 8 :]))
+        each.rewind(MAX_UNDONE)
+    assert torch.equal(session.prefill(ids[position - MAX_UNDONE :]), restored.prefill(ids[position - MAX_UNDONE :]))
     check_continues_alike(session, restored, 12)
 
 
@@ -151,9 +151,9 @@ def test_saved_while_tokens_are_undone(path: Path) -> None:
     session.rewind(5)
     session.save(path)
     restored = llm().load_session(path)
-    assert restored.undoable == MAX_DRAFT - 5
-    with pytest.raises(ValueError, match="can undo at most 3 more"):
-        restored.rewind(4)
+    assert restored.undoable == MAX_UNDONE - 5
+    with pytest.raises(ValueError, match="can undo at most 11 more"):
+        restored.rewind(12)
     for each in (session, restored):
         each.rewind(3)
     check_continues_alike(session, restored)
@@ -223,7 +223,7 @@ def test_without_the_rows_behind_the_window_undone_tokens_are_noticed(
     restored = llm().load_session(path)
     check_equal(session, restored)
     for each in (session, restored):
-        each.rewind(MAX_DRAFT)
+        each.rewind(MAX_UNDONE)
     with pytest.raises(AssertionError):
         check_continues_alike(session, restored)
 
@@ -251,8 +251,8 @@ def test_bytes_at_the_real_dimensions(tokens: int, table: float) -> None:
     """Spec model.md 6.3: windows and pools as in its table; more are the tokens, the rows to undo, and the states."""
     formats = RowFormats.of(FLASH, kv_fp8=True, kv_rope_bf16=True, index_fp4=True)
     saved = store.saved_bytes(FLASH, formats, tokens)
-    undo = 43 * MAX_DRAFT * 584
-    states = 21 * (8 + MAX_DRAFT) * 2 * 4 * (1024 + 256) + 20 * (128 + MAX_DRAFT) * 2 * 4 * 512
+    undo = 43 * MAX_UNDONE * 584
+    states = 21 * (8 + MAX_UNDONE) * 2 * 4 * (1024 + 256) + 20 * (128 + MAX_UNDONE) * 2 * 4 * 512
     print(
         f"{tokens} tokens: {saved / 2**20:.1f} MiB = 43 x 128 x 584 + {tokens} x (21 x (584 + 68) / 4 + 20 x 584 / 128)"
         f" + {undo} (rows to undo) + {states} (states) + {4 * tokens} (tokens)"

@@ -126,8 +126,8 @@ def test_a_context_that_is_too_small(path: Path) -> None:
 
 
 def test_another_version(path: Path) -> None:
-    rewrite(path, lambda tensors, metadata: metadata.update(version="2"))
-    refused(path, "has version 2 of the format, this ds4 reads 1")
+    rewrite(path, lambda tensors, metadata: metadata.update(version="3"))
+    refused(path, "has version 3 of the format, this ds4 reads 2")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_flipped_bit_is_noticed(path: Path) -> None:
         lambda tensors, metadata: put_record(metadata, "[]"),
         lambda tensors, metadata: put_record(metadata, metadata["record"].replace('"tokens": 21', '"tokens": "x"')),
         lambda tensors, metadata: put_record(metadata, metadata["record"].replace('"tokens": 21', '"tokens": -1')),
-        lambda tensors, metadata: put_record(metadata, metadata["record"].replace('"undone": 0', '"undone": 9')),
+        lambda tensors, metadata: put_record(metadata, metadata["record"].replace('"undone": 0', '"undone": 17')),
     ],
 )
 def test_a_file_with_parts_changed(path: Path, change: Callable[[dict[str, Any], dict[str, str]], None]) -> None:

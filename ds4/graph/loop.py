@@ -1,21 +1,25 @@
 """The device's own loop: each step's tokens and position are what the step before it left, and the host only looks on.
 
-A step is one list of launches: the draft head drafts, the trunk verifies, ``accept`` takes what agrees, moves the
-position and puts the next token where the next step begins. So the host can launch a step before it has seen what the
-last one chose, and find out later. What it launched too much is undone as a rejected draft is: by the position.
+A step is one list of launches: the draft head drafts, the trunk verifies, ``accept`` takes what agrees (where tokens
+are drawn: what rejection sampling keeps), moves the position and puts the next token where the next step begins. So the
+host can launch a step before it has seen what the last one chose, and find out later. What it launched too much is
+undone as a rejected draft is: by the position.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ds4.graph.drawing import Drawing
 from ds4.graph.runner import SLOTS, Runner, runner_for
 from ds4.kernels.draft import words as at
+from ds4.kernels.entry import KernelCall
 from ds4.kernels.launch import DECODE_ROWS
 from ds4.model.steps import Decoder, DecodeStep
 from ds4.mtp.drafter import KernelDrafter
@@ -52,9 +56,10 @@ class Outcome:
 
 
 class DeviceLoop:
-    """Greedy decoding of one session on the device, with drafts by ``drafter`` or without one.
+    """Decoding of one session on the device, greedy or drawn, with drafts by ``drafter`` or without one.
 
     Lists, and the graphs they are captured in, are made once for each plan, and anew where the decoder's steps are.
+    Those that draw are others than the greedy ones, the same for all parameters.
 
     position  tokens processed, as far as outcomes were taken
     token     the one behind them: chosen, not processed
@@ -67,19 +72,32 @@ class DeviceLoop:
         self._runner = runner or runner_for(decoder)
         self._plans: deque[Plan] = deque()
         self._missing = 0  # rows of the head, at most
-        self._ready: dict[Plan, tuple[DecodeStep, Any]] = {}
+        self._draws = False
+        self._ready: dict[tuple[Plan, bool], tuple[DecodeStep, Any]] = {}
+        decoder.cache.holders.add(self)
+
+    def forget(self) -> None:
+        """Lists and graphs are made anew from now on; what was launched is not touched."""
+        self._ready.clear()
 
     @property
     def flying(self) -> list[int]:
         return [plan.k for plan in self._plans]
 
     @torch.inference_mode()
-    def start(self, position: int, token: int) -> None:
+    def start(self, position: int, token: int, params: Tensor | None = None) -> None:
         """Go on from here: ``position`` tokens are processed, ``token`` comes behind them. What was launched and not
-        taken is forgotten."""
+        taken is forgotten.
+
+        params  i64 [6] on the CPU, by which tokens are drawn from now on (ds4.kernels.head.op.sample_params, without
+                a repetition penalty); None: the likeliest is taken
+        """
         self._runner.forget()
         self._plans.clear()
         self._missing = self.drafter.n_unwritten() if self.drafter is not None and position else 0
+        self._draws = params is not None
+        if params is not None:
+            self._drawing.write(params)
         self.decoder.state.write(position, [token])
         self.position, self.token = position, token
 
@@ -139,15 +157,27 @@ class DeviceLoop:
         pairs = missing if self.drafter is not None and (k or missing >= DECODE_ROWS) else 0
         return Plan(k, pairs) if pairs <= min(least, DECODE_ROWS) else None
 
+    @cached_property
+    def _drawing(self) -> Drawing:
+        return Drawing(self.decoder.state, 1 if self.drafter is None else DECODE_ROWS)
+
     def _list(self, plan: Plan) -> Any:
         """The plan's launches, made ready by the runner."""
         step = self.decoder.step(plan.k + 1)
-        found = self._ready.get(plan)
+        found = self._ready.get((plan, self._draws))
         if found is None or found[0] is not step:
-            calls = [*step.calls, *step.accept]
-            if plan.pairs:
-                assert self.drafter is not None
-                head = self.drafter
-                calls[:0] = head.draft_calls(plan.k, plan.pairs) if plan.k else head.rows_calls(plan.pairs)
-            found = self._ready[plan] = step, self._runner.ready(calls)
+            accept = self._drawing.accept(step) if self._draws else step.accept
+            made = self._runner.ready([*self._head_calls(plan), *step.calls, *accept])
+            found = self._ready[plan, self._draws] = step, made
         return found[1]
+
+    def _head_calls(self, plan: Plan) -> list[KernelCall]:
+        """What the plan has the head do in front of the step."""
+        head = self.drafter
+        if head is None or not plan.pairs:
+            return []
+        if not plan.k:
+            return head.rows_calls(plan.pairs)
+        if self._draws:
+            return self._drawing.draft(head.draft_steps(plan.k, plan.pairs))
+        return head.draft_calls(plan.k, plan.pairs)

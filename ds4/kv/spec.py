@@ -8,7 +8,11 @@ from ds4.config import ModelConfig
 from ds4.kv.rows import FloatRow, PackedKey, PackedRow, RowFormat
 
 MAX_DRAFT = 8
-"""How many tokens may be undone; every ring has this many slots more than its readers look back."""
+"""Tokens of a decode step, of which all may have to be undone."""
+
+MAX_UNDONE = 2 * MAX_DRAFT
+"""How many tokens may be undone: those of a step, and of one launched behind it before it was known what the first one
+chose. Every ring has this many slots more than its readers look back."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class LayerSpec:
         return self.key_state_width > 0
 
 
-def layer_spec(config: ModelConfig, ratio: int, max_draft: int = MAX_DRAFT) -> LayerSpec:
-    """State shapes of a layer with this compress ratio (0 for the sliding layers and every draft block)."""
+def layer_spec(config: ModelConfig, ratio: int, max_draft: int = MAX_UNDONE) -> LayerSpec:
+    """State shapes of a layer with this compress ratio (0 for the sliding layers and every draft block); ``max_draft``
+    tokens can be undone."""
     overlap = 2 if ratio == 4 else 1
     return LayerSpec(
         ratio=ratio,
@@ -71,7 +76,7 @@ def pool_bytes_per_token(config: ModelConfig, formats: RowFormats) -> float:
     return total
 
 
-def cache_bytes(config: ModelConfig, formats: RowFormats, ctx: int, max_draft: int = MAX_DRAFT) -> int:
+def cache_bytes(config: ModelConfig, formats: RowFormats, ctx: int, max_draft: int = MAX_UNDONE) -> int:
     """Bytes of the whole state of one session at capacity ``ctx``, rings and compressor state included."""
     total = 0
     for ratio in config.compress_ratios:

@@ -16,6 +16,7 @@ from ds4.kernels.entry import KernelCall
 from ds4.kernels.launch import Launch
 from ds4.kv.cache import LayerCache
 from ds4.model.steps import Tap
+from ds4.mtp.kernel_rows import DraftStep
 from ds4.sampling import Sampler, draw, filtered_probs, uniform
 
 DRAFT_STREAM = 2
@@ -69,7 +70,7 @@ class Drafter(Protocol):
         """
 
     def rewind(self, position: int) -> None:
-        """Only the first ``position`` tokens count; at most ``MAX_DRAFT`` (ds4/kv/spec.py) are undone, or all."""
+        """Only the first ``position`` tokens count; at most ``MAX_UNDONE`` (ds4/kv/spec.py) are undone, or all."""
 
 
 @runtime_checkable
@@ -91,6 +92,9 @@ class KernelDrafter(Drafter, Tap, Protocol):
 
         n_pairs  rows written first, those of the last positions; None: those that are missing now
         """
+
+    def draft_steps(self, k: int, n_pairs: int | None = None) -> list[DraftStep]:
+        """The launches of ``draft_calls`` token by token, for those who choose the tokens themselves."""
 
     def rows_calls(self, n_pairs: int) -> list[KernelCall]:
         """The launches of ``draft_calls`` that write rows, alone."""

@@ -8,6 +8,7 @@ words, so that a step that verifies it can follow without the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -73,11 +74,11 @@ class KernelDSparkDrafter(KernelRows, DSparkDrafter):
         return self._chosen[i]
 
     @torch.inference_mode()
-    def draft_calls(self, k: int, n_pairs: int | None = None) -> list[KernelCall]:
+    def draft_steps(self, k: int, n_pairs: int | None = None) -> list[DraftStep]:
         """See :class:`ds4.mtp.drafter.KernelDrafter`; ``k`` 1 to ``max_tokens``, ``position`` at least 1."""
-        steps = [self._token(i) for i in range(k)]
-        calls = [*self.rows_calls(n_pairs or self.tail.n_unwritten()), *self._block[0]]
-        return calls + [call for step in steps for call in (*step.calls, *step.push)]
+        first, *others = (self._token(i) for i in range(k))
+        calls = [*self.rows_calls(n_pairs or self.tail.n_unwritten()), *self._block[0], *first.calls]
+        return [replace(first, calls=calls), *others]
 
     @torch.inference_mode()
     def draft(self, history: Sequence[int], k: int, sampler: Sampler) -> Draft:

@@ -15,13 +15,15 @@ from torch import Tensor
 from ds4.kernels.draft.op import DRAFT_PAIRS
 from ds4.kernels.draft.words import PAIR
 from ds4.kernels.entry import KernelCall
+from ds4.kv.cache import LayerCache
 from ds4.model.steps import Decoder, StepBuilder
 from ds4.mtp.tail import Tail
 
 
 @dataclass(frozen=True, eq=False)
 class DraftStep:
-    """Launches that draft one token: ``calls``; ``push``, by which it joins the step's; ``logits`` f32 [1, vocab]."""
+    """Launches that draft one token: ``calls``, which make ``logits`` f32 [1, vocab] and choose greedily; ``push``, by
+    which what they chose joins the step's."""
 
     calls: list[KernelCall]
     push: list[KernelCall]
@@ -29,9 +31,10 @@ class DraftStep:
 
 
 class KernelRows(ABC):
-    """A part of a :class:`ds4.mtp.drafter.KernelDrafter`; the rest makes ``tail``, and adds ``_rows``."""
+    """A part of a :class:`ds4.mtp.drafter.KernelDrafter`; the rest makes ``tail``, adds ``_rows``, ``draft_steps``."""
 
     tail: Tail
+    caches: list[LayerCache]
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -43,11 +46,27 @@ class KernelRows(ABC):
     def end(self, n: int) -> None:
         self.tail.position += n
 
+    @property
+    def n_needed(self) -> int:
+        """Of a prompt: its rings hold no more (a :class:`ds4.model.prefill_pass.LastTokens`)."""
+        return max(cache.ring.shape[0] for cache in self.caches)
+
+    def skip(self, position: int) -> None:
+        if position > self.tail.position:
+            self.tail.skip(position)
+
     def n_unwritten(self) -> int:
         return self.tail.n_unwritten()
 
     def drafted(self, token: int) -> None:
         self.tail.claim(token)
+
+    @abstractmethod
+    def draft_steps(self, k: int, n_pairs: int | None = None) -> list[DraftStep]:
+        """See :class:`ds4.mtp.drafter.KernelDrafter`."""
+
+    def draft_calls(self, k: int, n_pairs: int | None = None) -> list[KernelCall]:
+        return [call for step in self.draft_steps(k, n_pairs) for call in (*step.calls, *step.push)]
 
     def _tail_inputs(self) -> dict[str, Tensor]:
         return {"words": self._decoder.state.words, "tail": self.tail.streams, "ids": self.tail.ids}

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ds4.kernels.draft.op import DRAFT_PUSH, DRAFT_TAP
 from ds4.kernels.draft.words import CHAIN, LAST
-from ds4.kernels.entry import KernelCall
 from ds4.kernels.launch import DECODE_ROWS
 from ds4.model.steps import Decoder, StepBuilder
 from ds4.mtp.drafter import Chooser, Draft, check_history
@@ -67,14 +66,13 @@ class KernelMTPDrafter(KernelRows, MTPDrafter):
         return self._chain
 
     @torch.inference_mode()
-    def draft_calls(self, k: int, n_pairs: int | None = None) -> list[KernelCall]:
+    def draft_steps(self, k: int, n_pairs: int | None = None) -> list[DraftStep]:
         """See :class:`ds4.mtp.drafter.KernelDrafter`; ``k`` 1 to ``max_tokens``, ``position`` at least 1.
 
         n_pairs  rows written first, instead of those that are not yet. With k + 1 of them the same launches fit every
                  step that follows a draft of k, however much of it was accepted: rows written again are the same bits
         """
-        steps = [self._begun(n_pairs or self.tail.n_unwritten()), *[self._chained()] * (k - 1)]
-        return [call for step in steps for call in (*step.calls, *step.push)]
+        return [self._begun(n_pairs or self.tail.n_unwritten()), *[self._chained()] * (k - 1)]
 
     @torch.inference_mode()
     def draft(self, history: Sequence[int], k: int, sampler: Sampler) -> Draft:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ds4.config import ModelConfig
 from ds4.kernels.common import apply_rope, rms_norm
 from ds4.kv.cache import LayerCache
-from ds4.kv.spec import MAX_DRAFT, RowFormats, layer_spec
+from ds4.kv.spec import MAX_DRAFT, MAX_UNDONE, RowFormats, layer_spec
 from ds4.model.attention import Attention
 from ds4.model.context import Context
 
@@ -25,8 +25,8 @@ def stage_cache(
 ) -> LayerCache:
     """Empty ring of one draft stage; ``decoded`` unless kernels will write to it.
 
-    A chained draft writes rows in front of the text, and rejected tokens may be undone behind it: twice the trunk's
-    reserve keeps the rows that either needs.
+    A chained draft writes rows in front of the text, and tokens may be undone behind it: slots for both keep the rows
+    that either needs.
     """
-    spec = layer_spec(config, 0, max_draft=2 * MAX_DRAFT)
+    spec = layer_spec(config, 0, max_draft=MAX_UNDONE + MAX_DRAFT)
     return LayerCache(spec, formats, 0, device=device, decoded=decoded)

@@ -73,6 +73,10 @@ class Tail:
         ring_write(self.ids, start, launch.take(ids))
         self.position = launch.end
 
+    def skip(self, position: int) -> None:
+        """Tokens up to ``position`` were processed unseen: nothing that comes depends on them."""
+        self.position = self.written = position
+
     def begin(self, start: int, token: int) -> None:
         """The trunk is going to process up to 8 tokens from position ``start`` on, the first of them ``token``.
 

@@ -38,20 +38,25 @@ class ProfiledDecoder(Decoder):
         super().__init__(model, cache, backend)
         self.kind = kind
         self._clock = clock
-        self._timers: dict[int, tuple[StepTimer, Recording]] = {}
+        self._timers: dict[int, StepTimer] = {}
+        self._found: dict[int, Recording] = {}
         self._runs: dict[int, int] = {}
         self._positions: dict[int, int] = {}
+
+    def forget(self) -> None:
+        super().forget()
+        self._timers.clear()
 
     def decode(self, ids: Sequence[int], start: int) -> Tensor:
         """As Decoder's, and timed."""
         n_tok = len(ids)
         step = self.step(n_tok)
         if n_tok not in self._timers:
-            self._timers[n_tok] = StepTimer(step, self.backend, self._clock), Recording(n_tok)
-        timer, found = self._timers[n_tok]
+            self._timers[n_tok] = StepTimer(step, self.backend, self._clock)
+        found = self._found.setdefault(n_tok, Recording(n_tok))
         self._runs[n_tok] = self._runs.get(n_tok, 0) + 1
         self._positions[n_tok] = start
-        timer.run(ids, start, found if self._runs[n_tok] > WARM_UP else None)
+        self._timers[n_tok].run(ids, start, found if self._runs[n_tok] > WARM_UP else None)
         return step.logits.clone()
 
     def report(self, checkpoint: Checkpoint, copy_gb_s: float) -> str:
@@ -60,11 +65,11 @@ class ProfiledDecoder(Decoder):
 
         record, text = RECORDS[self.kind], {"moe": tables.moe_text, "step": tables.profile_text}[self.kind]
         texts = []
-        for n_tok, (_, found) in sorted(self._timers.items()):
+        for n_tok, found in sorted(self._found.items()):
             if found.parts:
                 plan = plan_step(self.model, self.cache, self.step(n_tok), checkpoint, self._positions[n_tok])
                 texts.append(text(record(found, plan, copy_gb_s)))
-        self._timers.clear()
+        self._found.clear()
         self._runs.clear()
         return "\n\n".join(texts) or f"{VARIABLE}: fewer than {WARM_UP + 1} decode steps, nothing to report"
 

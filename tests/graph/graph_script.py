@@ -16,7 +16,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import torch
-from cuda_backend_script import SIZES, Stream, backend, call, entry, failing, logged
+from cuda_backend_script import GPU, SIZES, Stream, backend, call, entry, failing, logged
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds4.graph.capture import CudaGraph
@@ -24,7 +24,9 @@ from ds4.graph.loop import DeviceLoop
 from ds4.graph.runner import GraphRunner, runner_for
 from ds4.kernels.cuda_backend import CudaBackend
 from ds4.kernels.draft import words as at
+from ds4.kernels.head.op import sample_params
 from ds4.model.steps import Decoder
+from ds4.mtp.kernel_rows import DraftStep
 
 STEPS = 40
 
@@ -33,13 +35,15 @@ class ToyDecoder(Decoder):
     """Steps of two launches and one that accepts."""
 
     def __init__(self, gpu: CudaBackend) -> None:
-        super().__init__(None, SimpleNamespace(device=torch.device("cpu")), gpu)  # type: ignore[arg-type]
+        super().__init__(None, SimpleNamespace(device=torch.device("cpu"), holders=set()), gpu)  # type: ignore[arg-type]
         self.x = torch.zeros(16)
 
     def step(self, n_tok: int) -> Any:
         if n_tok not in self._steps:
             calls = [call(entry(), self.x), call(entry("two"), None)]
-            self._steps[n_tok] = SimpleNamespace(calls=calls, accept=[call(entry(), self.x)])  # type: ignore
+            self._steps[n_tok] = SimpleNamespace(  # type: ignore
+                calls=calls, accept=[call(entry(), self.x)], logits=torch.zeros(n_tok, 16)
+            )
         return self._steps[n_tok]
 
 
@@ -56,6 +60,10 @@ class Head:
         self.told.append(f"draft_calls {k} {n_pairs}")
         return [call(entry("two"), None)] * k
 
+    def draft_steps(self, k: int, n_pairs: int) -> list[DraftStep]:
+        push = [call(entry("two"), None)]
+        return [DraftStep(calls, push, torch.zeros(1, 16)) for calls in [self.draft_calls(1, n_pairs)] * k]
+
     def __getattr__(self, name: str) -> Any:
         return lambda value: self.told.append(f"{name} {value}")
 
@@ -67,12 +75,27 @@ class Stepping(GraphRunner):
         super().__init__(decoder)
         self._view = decoder.state.words.numpy()
 
+    def kept(self, ready: CudaGraph) -> int:
+        return min(1, len(ready.calls) - 3)  # launches beyond a plain step's draft
+
     def launch(self, ready: CudaGraph) -> None:
-        words, n = self._view, min(1, len(ready.calls) - 3)  # launches beyond a plain step's draft
+        words, n = self._view, self.kept(ready)
         words[at.POS] += n + 1
         words[at.TOKENS] = words[at.POS] + 1000
         words[at.ACCEPTED] = n
         super().launch(ready)
+
+
+class Drawing(Stepping):
+    """For lists with the launches that draw, whose tensors are on the CPU here."""
+
+    def ready(self, calls: Any) -> CudaGraph:
+        for one in calls:
+            one.args.device = GPU
+        return super().ready(calls)
+
+    def kept(self, ready: CudaGraph) -> int:
+        return sum(one.entry.name == "accept_drawn" for one in ready.calls)
 
 
 class Operations(TorchDispatchMode):
@@ -161,6 +184,29 @@ def loop(out: dict[str, Any]) -> None:
     del os.environ["DS4_EAGER"]
 
 
+def drawn(out: dict[str, Any]) -> None:
+    """Steps that draw, with drafts of one token and without."""
+    decoder = ToyDecoder(backend())
+    loop = DeviceLoop(decoder, Head(), Drawing(decoder))  # type: ignore[arg-type]
+    params = [sample_params(temperature=t, seed=3) for t in (0.5, 1.0)]
+    loop.start(100, 7, params[0])
+    out["drawn first"] = logged(lambda: loop.launch(1))
+    loop.launch(1)
+    loop.take()
+    operations = Operations()
+    tokens: list[list[int]] = []
+    with operations:
+        out["drawn steady"] = logged(
+            lambda: tokens.extend([loop.launch(1), loop.take().tokens][1] for _ in range(STEPS))
+        )
+    out |= {"drawn tokens": tokens, "drawn operations": operations.names}
+    loop.start(300, 7, params[1])
+    out["drawn by others"] = logged(lambda: [loop.launch(1), loop.take()])
+    out["drawn plain"] = logged(lambda: loop.launch(0))
+    loop.start(400, 7)
+    out["greedy again"] = logged(lambda: loop.launch(0))
+
+
 def main() -> None:
     """All scenarios, each under a name."""
     torch.cuda.current_stream = lambda index: Stream  # type: ignore
@@ -169,6 +215,8 @@ def main() -> None:
     out: dict[str, Any] = {}
     capture(out)
     loop(out)
+    os.environ["FAKE_CUDA_PARAM_SIZES"] = ""
+    drawn(out)
     print(json.dumps(out))
 
 

@@ -35,6 +35,27 @@ def calls(log):
     return [re.split(r" [\d(]| stream| mode", line)[0] for line in log if line not in ("push", "pop")]
 
 
+def assert_steady(log, events, first):
+    """40 steps of a replay, a copy and two marks each, of which the other slot's step is waited for; ``first`` is the
+    slot of the first. ``events``: begin and end of the two slots."""
+    *log, ended = log
+    assert ended == "ok"
+    steps = "\n".join(log).split("\npush\nevent")
+    assert len(steps) == 40
+    graph = next(line for line in log if line.startswith("graph"))
+    slots = [events[:2], events[2:]]
+    for i, step in enumerate(steps, first):
+        begin, end = slots[i % 2]
+        lines = step.removeprefix("push\nevent").split("\n")
+        assert lines == [
+            f" {begin} stream abc",
+            graph,
+            "copy 256 stream abc",
+            f"event {end} stream abc",
+            *("pop", "push", f"wait for event {slots[(i + 1) % 2][1]}", "pop"),
+        ]
+
+
 def test_a_capture_loads_first_and_launches_on_a_stream_of_its_own(happened):
     loads = ["load", "function one", "load function", "function two", "load function"]
     log = [line.replace("load 7f454c46", "load") for line in happened["capture"]]
@@ -80,23 +101,29 @@ def test_who_gets_graphs(happened):
 def test_a_token_costs_a_launch_a_copy_and_two_marks(happened):
     """And one look at the step before: the host waits for a step only when the next one is enqueued behind it."""
     assert calls(happened["first"])[-5:] == ["event e01", "graph e03", "copy", "event e02", "ok"]
-    *log, ended = happened["steady"]
-    assert ended == "ok"
-    steps = "\n".join(log).split("\npush\nevent")
-    assert len(steps) == len(happened["tokens"]) == 40
-    graph = next(line for line in log if line.startswith("graph"))
-    slots = [("e01", "e02"), ("e03", "e04")]
-    for i, step in enumerate(steps):
-        begin, end = slots[(i + 1) % 2]
-        lines = step.removeprefix("push\nevent").split("\n")
-        assert lines == [
-            f" {begin} stream abc",
-            graph,
-            "copy 256 stream abc",
-            f"event {end} stream abc",
-            *("pop", "push", f"wait for event {slots[i % 2][1]}", "pop"),
-        ]
+    assert_steady(happened["steady"], ["e01", "e02", "e03", "e04"], first=1)
+    assert len(happened["tokens"]) == 40
     assert happened["operations"] == []  # torch does nothing at all: no allocation, no copy
+
+
+def test_a_drawn_token_costs_the_same(happened):
+    """With drafts; and other parameters are no other graph."""
+    first = happened["drawn first"]
+    launches = [line for line in first if line.startswith("launch")]
+    # the head's step, drawn and pushed; the trunk's, drawn and accepted
+    assert len(launches) == 1 + 8 + 1 + 2 + 8 + 1
+    events = sorted({line.split()[1] for line in happened["drawn steady"] if line.startswith("event")})
+    assert_steady(happened["drawn steady"], events, first=0)
+    assert len(happened["drawn tokens"]) == 40
+    assert all(len(tokens) == 2 for tokens in happened["drawn tokens"])
+    assert happened["drawn operations"] == []
+    (graph,) = (line for line in first if line.startswith("graph"))
+    assert graph in happened["drawn by others"]
+    assert not any("capture" in line for line in happened["drawn by others"])
+    counts = [
+        len([line for line in happened[name] if line.startswith("launch")]) for name in ("drawn plain", "greedy again")
+    ]
+    assert counts == [2 + 7 + 1, 3]  # a plain step needs no distributions
 
 
 def test_what_steps_left_is_seen_late_and_in_order(happened):

@@ -23,6 +23,7 @@ from ds4.errors import Ds4Error
 from ds4.graph.loop import DeviceLoop, Outcome, Plan
 from ds4.graph.runner import EagerRunner, Left
 from ds4.kernels.draft import words as at
+from ds4.kv.spec import MAX_UNDONE
 from ds4.mtp.mtp_kernels import KernelMTPDrafter
 from ds4.sampling import Sampler, SamplingParams
 from ds4.session import Session
@@ -160,14 +161,37 @@ def test_a_step_too_many_leaves_no_trace(llm: LLM, prompt: list[int], plain: tup
 
 
 @needs_emulation
+def test_two_long_drafts_can_be_undone(llm: LLM, prompt: list[int], plain: tuple[list[int], Session]) -> None:
+    """Down to the first token, and the text goes on from there (tests/kv/test_cache.py shows that the rings are just
+    long enough for it)."""
+    session, ids = llm.session(), plain[0]
+    session.prefill(prompt)
+    loop = session.loop(Sampler(GREEDY))
+    assert loop is not None
+    session.reach(N_PROMPT + 16)
+    loop.start(N_PROMPT, ids[0])
+    assert [loop.launch(7), loop.launch(7), loop.flying] == [True, True, [7, 7]]
+    outcome = session.take(ids[0], loop)
+    assert outcome.tokens == ids[1 : len(outcome.tokens) + 1]
+    session.rewind(session.position - N_PROMPT - 1)
+    for token, following in itertools.pairwise(ids[1:]):
+        assert int(session.decode([token])[0].argmax()) == following
+    assert same_state(session, plain[1])
+
+
+@needs_emulation
 def test_who_has_a_loop(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     session = llm.session()
     loop = session.loop(Sampler(GREEDY))
     assert loop is not None
     assert session.loop(Sampler(GREEDY)) is loop  # with its graphs
-    for params in (SamplingParams(temperature=0.5), SamplingParams(repetition_penalty=1.1)):
-        assert session.loop(Sampler(params)) is None
-        assert type(decoding(session, Sampler(params), 0, Costs())) is Speculation
+    drawn = Sampler(SamplingParams(temperature=0.5))
+    assert session.loop(drawn) is None
+    assert session.loop(drawn, drawing=True) is loop
+    for temperature in (0.0, 0.5):
+        penalised = Sampler(SamplingParams(temperature=temperature, repetition_penalty=1.1))
+        assert session.loop(penalised, drawing=True) is None
+        assert type(decoding(session, penalised, 0, Costs())) is Speculation
     session.drafter = None
     without = session.loop(Sampler(GREEDY))
     assert without is not None
@@ -185,11 +209,13 @@ class Device:
     so many; its tokens count up, each one is its position's number."""
 
     def __init__(self, accepted: Sequence[int] = ()) -> None:
-        self.accepted = itertools.cycle(accepted or (0,))
+        self.accepted_in_turn = accepted or (0,)
+        self.accepted = itertools.cycle(self.accepted_in_turn)
         self.plans: list[Plan] = []
         self.status = 0
         self.backend = None
-        self.state = self
+        self.state = self.cache = self
+        self.holders: set[object] = set()
         self._left: list[Left] = []
         self._words = [0] * at.WORDS
         self._steps: dict[int, SimpleNamespace] = {}
@@ -236,6 +262,8 @@ class Device:
 
     def draft_calls(self, k: int, pairs: int) -> list:
         return [pairs]
+
+    draft_steps = draft_calls
 
     def rows_calls(self, pairs: int) -> list:
         return [pairs]
@@ -294,7 +322,7 @@ class Text:
     def __init__(self, position: int, ctx: int, n_draft: int) -> None:
         self.ids, self.ctx, self.highest = list(range(position)), ctx, position
         self.drafter = SimpleNamespace(max_tokens=n_draft)
-        self.cache = SimpleNamespace(max_draft=8)
+        self.cache = SimpleNamespace(max_draft=MAX_UNDONE)
 
     @property
     def position(self) -> int:
@@ -323,7 +351,7 @@ def test_nothing_is_launched_that_could_not_be_undone(k: int, accepted: tuple[in
         assert 1 <= len(tokens) <= left
         history += tokens
         assert text.ids == history[:-1]
-        assert device.highest - before <= 8
+        assert device.highest - before <= MAX_UNDONE
         assert device.highest <= text.highest
         if 16 < left < 60:  # behind the first steps, which are plain, and before drafts have to be shorter
             followed.add(bool(going._loop.flying))
@@ -331,7 +359,31 @@ def test_nothing_is_launched_that_could_not_be_undone(k: int, accepted: tuple[in
     assert device.highest <= 100
     steps = going.statistics.steps
     assert max(steps) == k + 1
-    assert followed == {2 * k + 1 <= 8}  # a draft that leaves room for the next one is followed by it at once
+    assert followed == {True}  # by the next draft, at once
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_a_drawn_draft_is_as_long_as_the_hosts(k: int) -> None:
+    """Who draws other drafts draws another text: near the answer's end they are as long as if each step had waited for
+    the one before it."""
+    device, text = Device((1, 0, 3, 7, 0, 2)), Text(30, 200, 7)
+    device.unwritten = 1
+    loop = device.loop()
+    params = []
+    loop.__dict__["_drawing"] = SimpleNamespace(
+        write=params.append, accept=lambda step: step.accept, draft=lambda steps: steps
+    )
+    going = Ahead(text, Sampler(SamplingParams(temperature=1.0, seed=3)), k, Costs(), loop)  # type: ignore[arg-type]
+    history = list(range(31))
+    while left := 101 - len(history):
+        history += going.tokens(history, left)
+    position, kept = 30, itertools.cycle(device.accepted_in_turn)
+    for plan in device.plans:
+        assert plan.k == min(k, 100 - position - 1)
+        position += min(plan.k, next(kept)) + 1
+    assert position == 100
+    assert len(params) == 1  # written once
+    assert device.highest == 100
 
 
 def test_a_step_that_is_not_finite_is_an_error():

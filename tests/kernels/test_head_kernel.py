@@ -21,7 +21,7 @@ from ds4.kernels.head.sample_cases import NEVER, make_inputs
 from ds4.kernels.head.sample_op import SAMPLE
 from ds4.kernels.packing import PACKINGS, Planes
 from ds4.kernels.registry import Operation, run_kernels
-from ds4.sampling import Sampler, SamplingParams, filtered_probs, penalised_logits, uniform
+from ds4.sampling import Sampler, SamplingParams, draw, filtered_probs, penalised_logits, uniform
 
 CPU = torch.device("cpu")
 emulated = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -80,12 +80,19 @@ def draws(n: int, seed: int) -> list[tuple[SamplingParams, list[int], Tensor]]:
     return clear
 
 
+def behind(history: list[int]) -> Tensor:
+    """Position of the last token."""
+    return torch.tensor([len(history) - 1], dtype=torch.int32)
+
+
 def on_device(operation: Operation, params: SamplingParams, history: list[int], logits: Tensor) -> int:
     inputs = {
         "logits": logits[None],
-        "position": torch.tensor([len(history)]),
+        "pos": behind(history),
         "params": device_params(params),
         "first_seen": first_seen(history),
+        "drafted": None,
+        "stream": 0,
     }
     return int(run_kernels(operation, inputs, CpuBackend())["token"])
 
@@ -93,7 +100,7 @@ def on_device(operation: Operation, params: SamplingParams, history: list[int], 
 def test_the_reference_draws_what_the_sampler_draws() -> None:
     """The sums differ in their last places, so another token has a chance of about 1e-8 a draw: none here."""
     for params, history, logits in draws(3000, seed=1):
-        got = sample(logits[None], torch.tensor([len(history)]), device_params(params), first_seen(history))
+        got = sample(logits[None], behind(history), device_params(params), first_seen(history))
         assert got["status"].tolist() == [0]
         assert got["token"].tolist() == [Sampler(params).sample(logits, history)], (params, len(history))
 
@@ -112,7 +119,7 @@ def test_the_reference_filters_like_the_sampler() -> None:
     """Probabilities agree to a rounding of f32, and to E's 2^-46 where they are small; the same tokens are kept."""
     for params, history, logits in draws(300, seed=3):
         want = filtered_probs(logits, params, history)
-        arguments = (torch.tensor([len(history)]), device_params(params), first_seen(history))
+        arguments = (behind(history), device_params(params), first_seen(history))
         got = sample(logits[None], *arguments, probs=True)["probs"][0]
         torch.testing.assert_close(got, want, rtol=2.0**-22, atol=2.0**-45)
         assert torch.equal(got > 2.0**-40, want > 2.0**-40), params
@@ -125,17 +132,33 @@ def test_rows_of_drafts_see_the_drafts_before_them(temperature: float) -> None:
     params = SamplingParams(temperature=temperature, repetition_penalty=5.0, seed=1)
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
     logits[:, [2, 9]] += 4
-    positions = torch.arange(4, 8)
-    got = sample(logits, positions, device_params(params), first_seen(history + drafts))["token"].tolist()
+    got = sample(logits, behind(history), device_params(params), first_seen(history + drafts))["token"].tolist()
     want = [Sampler(params).sample(logits[i], history + drafts[:i]) for i in range(4)]
     assert got == want
     assert got != [Sampler(params).sample(logits[i], history + drafts) for i in range(4)]
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1))
-def test_random_numbers_are_the_samplers(seed: int, position: int) -> None:
-    assert sample_ref._uniform(seed, position) == uniform(seed, position)
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2))
+def test_random_numbers_are_the_samplers(seed: int, position: int, stream: int) -> None:
+    assert sample_ref.uniform(seed, position, stream) == uniform(seed, position, stream)
+
+
+@emulated
+def test_a_draft_has_its_own_position_and_numbers() -> None:
+    """Token 2 of a draft, of another stream: the text in front of it is two tokens longer than the step's."""
+    logits, params = torch.zeros(1, VOCAB), device_params(SamplingParams(temperature=1.0, seed=5))
+    inputs = {"logits": logits, "pos": behind([0] * 30), "params": params, "first_seen": None}
+    got = [
+        int(
+            run_kernels(SAMPLE, {**inputs, "drafted": torch.tensor([n], dtype=torch.int32), "stream": 2}, CpuBackend())[
+                "token"
+            ]
+        )
+        for n in (0, 2)
+    ]
+    assert got == [draw(torch.ones(VOCAB), uniform(5, at, 2)) for at in (30, 32)]
+    assert got[0] != draw(torch.ones(VOCAB), uniform(5, 30))
 
 
 def test_tokens_follow_the_distribution() -> None:
@@ -143,7 +166,7 @@ def test_tokens_follow_the_distribution() -> None:
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     params = sample_params(temperature=1.0, seed=7)
     n = 2000
-    tokens = torch.cat([sample(logits, torch.tensor([i]), params)["token"] for i in range(n)])
+    tokens = torch.cat([sample(logits, torch.tensor([i], dtype=torch.int32), params)["token"] for i in range(n)])
     for token, p in enumerate((0.1, 0.2, 0.3, 0.4)):
         assert abs(int((tokens == token).sum()) / n - p) < 5 * math.sqrt(p * (1 - p) / n)
 
@@ -160,7 +183,7 @@ def test_parameters_that_change_between_launches() -> None:
     rng = random.Random(5)
     for i in range(12):
         inputs["params"].copy_(device_params(random_params(rng)))
-        inputs["position"].copy_(torch.tensor([90 + i, 103 - i]))
+        inputs["pos"].fill_(103 - i)
         CpuBackend().run(calls)
         want = SAMPLE.reference(inputs)
         assert torch.equal(outputs["token"], want["token"]), i
@@ -198,7 +221,7 @@ def test_status_where_the_sampler_raises() -> None:
     for bad in (math.nan, math.inf):
         logits = torch.zeros(2, 8)
         logits[1, 3] = bad
-        result = sample(logits, torch.tensor([4, 5]), sample_params(temperature=1.0))
+        result = sample(logits, torch.tensor([3], dtype=torch.int32), sample_params(temperature=1.0))
         assert result["status"].tolist() == [0, 1]
         assert result["token"][1] == 3
         with pytest.raises(Ds4Error, match="not finite"):
@@ -223,7 +246,7 @@ def test_arguments_that_do_not_fit() -> None:
         head(x, "q4_k", values=torch.zeros(8, 64))
     inputs = make_inputs(0, CPU, n_tok=2, vocab=16)
     for name, value, message in (
-        ("position", torch.zeros(1, dtype=torch.int64), r"position is \[1\], not \[2\]"),
+        ("pos", torch.zeros(2, dtype=torch.int32), r"pos is \[2\], not \[1\]"),
         ("params", torch.zeros(5, dtype=torch.int64), r"params is \[5\], not \[6\]"),
         ("first_seen", torch.zeros(17, dtype=torch.int32), r"first_seen is \[17\], not \[16\]"),
         ("logits", torch.zeros(2, 2**17 + 1), "rows of 1 to 131072"),

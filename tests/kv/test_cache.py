@@ -1,7 +1,9 @@
-"""Rings addressed by absolute position, and the live state of a session (design: undoing is a smaller position)."""
+"""Rings addressed by absolute position, pools that grow, and the live state of a session (design: undoing is a smaller
+position)."""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ds4.errors import Ds4Error
+from ds4.kv import cache as cache_module
 from ds4.kv.cache import KVCache
 from ds4.kv.ring import ring_read, ring_write
 from ds4.kv.rows import PackedKey, PackedRow
-from ds4.kv.spec import MAX_DRAFT, RowFormats
+from ds4.kv.spec import MAX_UNDONE, RowFormats
 from ds4.weights.published import FLASH
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=200)
@@ -109,9 +113,9 @@ def test_parts_by_kind_of_layer() -> None:
 
 
 @settings(PROPERTY, max_examples=60)
-@given(position=st.integers(0, 600), n_undone=st.integers(1, MAX_DRAFT))
+@given(position=st.integers(0, 600), n_undone=st.integers(1, MAX_UNDONE))
 def test_undoing_is_a_smaller_position(position: int, n_undone: int) -> None:
-    """Up to MAX_DRAFT tokens written ahead leave everything that a session at ``position`` can see untouched."""
+    """Up to MAX_UNDONE tokens written ahead leave everything that a session at ``position`` can see untouched."""
     cache = KVCache(CONFIG, FORMATS, CTX)
     if position:
         advance(cache, 0, position, seed=1)
@@ -125,7 +129,7 @@ def test_undoing_more_than_allowed_is_seen() -> None:
     cache = KVCache(CONFIG, FORMATS, CTX)
     advance(cache, 0, 300, seed=1)
     before = snapshot(cache, 300)
-    advance(cache, 300, 300 + MAX_DRAFT + 1, seed=2)
+    advance(cache, 300, 300 + MAX_UNDONE + 1, seed=2)
     after = cache.live(300)
     assert [name for name in before if not torch.equal(after[name], before[name])] == [
         "layers.0.ring",
@@ -138,7 +142,7 @@ def test_undoing_more_than_allowed_is_seen() -> None:
 
 
 @settings(PROPERTY, max_examples=30)
-@given(position=st.integers(1, 600), n_undone=st.integers(1, MAX_DRAFT))
+@given(position=st.integers(1, 600), n_undone=st.integers(1, MAX_UNDONE))
 def test_stale_slots_are_not_live(position: int, n_undone: int) -> None:
     """Two caches with different pasts ahead of ``position`` have equal live state, in order of position."""
     plain, undone = KVCache(CONFIG, FORMATS, CTX), KVCache(CONFIG, FORMATS, CTX)
@@ -149,3 +153,123 @@ def test_stale_slots_are_not_live(position: int, n_undone: int) -> None:
     advance(plain, position, position + 50, seed=4)
     advance(undone, position, position + 50, seed=4)
     assert same(plain.live(position + 50), undone.live(position + 50))
+
+
+# Pools that grow
+
+
+class Lists:
+    """A holder of launches: the pools that they point to."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self.told = 0
+        self.read()
+        cache.holders.add(self)
+
+    def read(self) -> None:
+        self.pools = [layer.pool for layer in self._cache.layers]
+
+    def forget(self) -> None:
+        self.told += 1
+        self.pools = []
+
+
+def test_the_capacity_doubles_when_it_has_to() -> None:
+    cache = KVCache(CONFIG, FORMATS, 1000, first=6)
+    seen = []
+    for n in (0, 5, 6, 7, 12, 30, 48, 49, 999, 1000):
+        seen.append((cache.reserve(n), cache.capacity))
+    capacities = (6, 6, 6, 12, 12, 48, 48, 96, 1000, 1000)
+    assert seen == [(a != b, b) for a, b in zip((6, *capacities), capacities, strict=False)]
+    assert cache.nbytes() == KVCache(CONFIG, FORMATS, 1000).nbytes()
+    with pytest.raises(ValueError, match="a cache for 1000 tokens is to hold 1001"):
+        cache.reserve(1001)
+    assert KVCache(CONFIG, FORMATS, 100, first=4096).capacity == 100
+
+
+@settings(PROPERTY, max_examples=30)
+@given(first=st.integers(1, 300), ends=st.lists(st.integers(1, 600), min_size=1, max_size=5, unique=True))
+def test_what_was_written_stays(first: int, ends: list[int]) -> None:
+    """Growing at any time, a cache has the live state of one that was large from the beginning."""
+    whole, growing = KVCache(CONFIG, FORMATS, 600), KVCache(CONFIG, FORMATS, 600, first=first)
+    start = 0
+    for end in sorted(ends):
+        growing.reserve(end)
+        for cache in (whole, growing):
+            advance(cache, start, end, seed=end)
+        start = end
+        assert same(whole.live(end), growing.live(end))
+
+
+def test_one_pool_at_a_time_is_there_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are forgotten first, and each old pool is gone before the next new one is made."""
+    cache = KVCache(CONFIG, FORMATS, CTX, first=128)
+    lists, gone = Lists(cache), []
+    old = [weakref.ref(t) for layer in cache.layers for t in (layer.pool, layer.keys) if t is not None]
+    right = cache_module._resized
+
+    def watched(tensor: torch.Tensor, n: int) -> torch.Tensor:
+        gone.append([one() is None for one in old])
+        return right(tensor, n)
+
+    monkeypatch.setattr(cache_module, "_resized", watched)
+    assert not cache.reserve(128)
+    assert lists.told == 0
+    assert cache.reserve(129)
+    assert lists.told == 1
+    assert gone == [[False] * 3, [True, False, False], [True, True, False]]
+    assert all(one() is None for one in old)
+    del lists
+    assert not cache.holders
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2], ids=["first", "second", "last"])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), Ds4Error),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), Ds4Error),
+        (RuntimeError("CUDA error: an illegal memory access"), RuntimeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["full", "full on the CPU", "broken", "Ctrl-C"],
+)
+@pytest.mark.parametrize("gives_back", [True, False])
+def test_what_cannot_grow_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException, raised: type[BaseException], gives_back: bool
+) -> None:
+    cache = KVCache(CONFIG, FORMATS, CTX, first=256)
+    advance(cache, 0, 250, seed=1)
+    before, sizes, right, made = snapshot(cache, 250), cache.nbytes(), cache_module._resized, []
+
+    def full(tensor: torch.Tensor, n: int) -> torch.Tensor:
+        made.append(n)
+        if len(made) == failing + 1 or (len(made) > failing + 1 and not gives_back):
+            raise error if len(made) == failing + 1 else torch.OutOfMemoryError("again")
+        return right(tensor, n)
+
+    monkeypatch.setattr(cache_module, "_resized", full)
+    with pytest.raises(raised) as caught:
+        cache.reserve(257)
+    if raised is Ds4Error:
+        assert str(caught.value) == (
+            "ctx: no memory for more than 256 tokens of context; the next 256 take 17,552 bytes: free some, or end "
+            "this text here"
+        )
+    assert (cache.capacity, cache.nbytes()) == (256, sizes)
+    assert same(cache.live(250), before)
+    if gives_back:
+        pools = [t for layer in cache.layers for t in (layer.pool, layer.keys) if t is not None]
+        assert sum(t.untyped_storage().nbytes() for t in pools) == sum(t.numel() for t in pools)
+    monkeypatch.undo()
+    assert cache.reserve(257)
+    assert same(cache.live(250), before)
+
+
+def test_more_than_this_machine_has() -> None:
+    """What torch itself says when there is no memory."""
+    cache = KVCache(CONFIG, FORMATS, 1 << 46, first=128)
+    with pytest.raises(Ds4Error, match="no memory for more than 128 tokens of context"):
+        cache.reserve(1 << 45)
+    assert cache.capacity == 128

@@ -47,9 +47,9 @@ def test_totals_of_the_table(ctx: int, gib: float) -> None:
 
 @pytest.mark.parametrize("ctx", [0, 127, 128, 8192, 1 << 20])
 def test_whole_state(ctx: int) -> None:
-    """Beyond the table: compressor state (12,206,080 bytes in the official layout) and 8 slots more in every ring,
-    which is what undoing 8 drafted tokens costs."""
-    draft = 8 * (43 * 584 + 21 * 2 * 4 * (1024 + 256) + 20 * 2 * 4 * 512)
+    """Beyond the table: compressor state (12,206,080 bytes in the official layout) and 16 slots more in every ring,
+    which is what undoing two steps of 8 tokens costs."""
+    draft = 16 * (43 * 584 + 21 * 2 * 4 * (1024 + 256) + 20 * 2 * 4 * 512)
     pools = 21 * (ctx // 4) * (584 + 68) + 20 * (ctx // 128) * 584
     assert cache_bytes(FLASH, PACKED, ctx) == WINDOW_BYTES + 12_206_080 + draft + pools
     assert cache_bytes(FLASH, PACKED, ctx, max_draft=0) == WINDOW_BYTES + 12_206_080 + pools
@@ -57,9 +57,9 @@ def test_whole_state(ctx: int) -> None:
 
 def test_layer_shapes() -> None:
     sliding, csa, hca = (layer_spec(FLASH, r) for r in (0, 4, 128))
-    assert (sliding.ring_slots, sliding.state_slots, sliding.has_index) == (136, 0, False)
-    assert (csa.state_slots, csa.state_width, csa.key_state_width, csa.has_index) == (8 + 8, 1024, 256, True)
-    assert (hca.state_slots, hca.state_width, hca.has_index) == (128 + 8, 512, False)
+    assert (sliding.ring_slots, sliding.state_slots, sliding.has_index) == (144, 0, False)
+    assert (csa.state_slots, csa.state_width, csa.key_state_width, csa.has_index) == (8 + 16, 1024, 256, True)
+    assert (hca.state_slots, hca.state_width, hca.has_index) == (128 + 16, 512, False)
 
 
 @pytest.mark.parametrize("ctx", [100, 1024])

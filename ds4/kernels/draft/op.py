@@ -19,7 +19,8 @@ draft_block  tokens of a block: the step's first one, then ``noise`` int, ``n_to
 draft_choose greedy choice. logits, bias f32 [1, vocab]; biased f32 [1, vocab], their sum; token i32 [1], its largest
              one's place, of equal ones the lowest; a NaN is larger than any number
 draft_push   a drafted token i32 [1] joins the step's; words UPDATED IN PLACE: tokens, chain, drafted, last
-accept       greedy acceptance. token, status i32 [n_tok]: what lm_head says of a step of n_tok - 1 drafted tokens
+accept       greedy acceptance; accept_op.py has that of a draft that was drawn
+    token, status  i32 [n_tok]: what lm_head says of a step of n_tok - 1 drafted tokens
     words    tokens; UPDATED IN PLACE: pos, the first of tokens, accepted, status
 
 Order:   integers, copies and sums are exact; norms and means of row t do not depend on n_tok, bit for bit.
@@ -38,9 +39,13 @@ import torch
 from ds4.kernels.cases import Case, Inputs, Outputs
 from ds4.kernels.common import rms_norm
 from ds4.kernels.draft import cases, ref
+from ds4.kernels.draft.accept_op import ACCEPT_DRAWN
 from ds4.kernels.draft.words import WORDS
 from ds4.kernels.entry import ArgPack, Constants, Dim3, Entry, KernelCall, constant_set
 from ds4.kernels.registry import Operation, register
+
+__all__ = ["ACCEPT", "ACCEPT_DRAWN", "DRAFT_BLOCK", "DRAFT_CHOOSE", "DRAFT_JOIN", "DRAFT_MEAN", "DRAFT_NORM"]
+__all__ += ["DRAFT_PAIRS", "DRAFT_PUSH", "DRAFT_TAP"]
 
 MOST = 8  # rows of a launch
 _ROW = (("width", "i32"), ("slots", "i32"))

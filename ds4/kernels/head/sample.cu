@@ -1,12 +1,13 @@
 // sample: a token from each row of logits, the same that ds4/sampling.py draws.
 //
 //   l[v]   = logit, after the repetition penalty where first_seen[v] < position     f32
+//   position of row t's token: pos + 1 + t, and as many more as were drafted
 //   order  : falling l, ties to the lower id
 //   e[v]   = exp((l[v] - max l) / temperature)                                       f64
 //   kept   : the longest common beginning, in that order, of what each filter keeps: the first top_k; the tokens before
 //            which less than top_p of the top_k's e lies; those with e >= min_p
 //   p[v]   = f32(e[v] / sum of e over kept)
-//   token  : the first id at which the running sum of p exceeds uniform(seed, position) times the sum of all
+//   token  : the first id at which the running sum of p exceeds uniform(seed, position, stream) times the sum of all
 //   temperature 0: the first in the order.
 //
 // Sums are sums of integers, E = round(e * 2^46) and P = floor(p * 2^62): no order of additions can show, and the grid,
@@ -35,12 +36,13 @@
 
 // ---------------------------------------------------------------- sample_best
 
-// logits f32 [N_TOK, VOCAB], first_seen i32 [VOCAB] or null, position i64 [N_TOK], params i64 [6] (sample_state.cuh);
+// logits f32 [N_TOK, VOCAB], first_seen i32 [VOCAB] or null, pos i32 [1], drafted i32 [1] or null, params i64 [6] (draws.cuh);
 // token and status i32 [N_TOK] OUT. Workspaces: keys u32 [N_TOK, VOCAB], part u64 [N_TOK, 2, blocks], count u32 and mass
 // u64 [N_TOK, 2, 2048], state u64 [N_TOK, 16], counter u32 [8].
-extern "C" __global__ void __launch_bounds__(256) sample_best(const float* logits, const int* first_seen, const long long* position, const long long* params, unsigned* keys, unsigned long long* part, unsigned* count, unsigned long long* mass, unsigned long long* state, unsigned* counter, int* token, int* status) {
+extern "C" __global__ void __launch_bounds__(256) sample_best(const float* logits, const int* first_seen, const int* pos, const int* drafted, const long long* params, unsigned* keys, unsigned long long* part, unsigned* count, unsigned long long* mass, unsigned long long* state, unsigned* counter, int* token, int* status) {
   __shared__ unsigned long long of_warp[kThreads / 32];
   const int t = blockIdx.y;
+  const long long position = drawn_position(pos, drafted, t);
   const float penalty = static_cast<float>(__longlong_as_double(params[kRepetitionPenalty]));
   unsigned long long best = 0;
 #pragma unroll
@@ -48,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(256) sample_best(const float* logit
     const int id = blockIdx.x * kChunk + i * kThreads + threadIdx.x;
     if (id >= VOCAB) break;
     float l = logits[static_cast<size_t>(t) * VOCAB + id];
-    if (first_seen && first_seen[id] < position[t]) l = l > 0.f ? __fdiv_rn(l, penalty) : __fmul_rn(l, penalty);
+    if (first_seen && first_seen[id] < position) l = l > 0.f ? __fdiv_rn(l, penalty) : __fmul_rn(l, penalty);
     const unsigned key = order_key(l);
     keys[static_cast<size_t>(t) * VOCAB + id] = key;
     best = max(best, ranked(key, id));
@@ -201,7 +203,7 @@ __device__ __forceinline__ int pass(Draw& s, unsigned long long strict, unsigned
 }
 
 // part [N_TOK, 2, blocks] is left with each block's ties in its second row, for sample_probs.
-extern "C" __global__ void __launch_bounds__(256, 4) sample_draw(const long long* position, const long long* params, const unsigned* keys, const unsigned long long* e, unsigned long long* part, const unsigned long long* state, unsigned* counter, int* token) {
+extern "C" __global__ void __launch_bounds__(256, 4) sample_draw(const int* pos, const int* drafted, const long long* params, const unsigned* keys, const unsigned long long* e, unsigned long long* part, const unsigned long long* state, unsigned* counter, int* token, int stream) {
   const int t = blockIdx.y;
   const State s = load(state, t);
   if (s.phase == kDecided) return;
@@ -230,8 +232,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) sample_draw(const long long
   draw.each = ties ? probability(scaled(relative(s.threshold, s.max_key, temperature)), s.kept) : 0ull;
   draw.ties = s.ties;
   const unsigned long long sum = strict + min(ties, s.ties) * draw.each;
-  const double target = __dmul_rn(uniform(params[kSeed], position[t]), static_cast<double>(sum));
-  draw.target = min(static_cast<unsigned long long>(target), sum - 1);
+  draw.target = target_of(uniform(params[kSeed], drawn_position(pos, drafted, t), stream), sum);
 
   int block = -1;
   for (unsigned first = 0; block < 0; first += kThreads) {

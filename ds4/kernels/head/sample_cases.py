@@ -53,10 +53,19 @@ def _damaged(rng: torch.Generator, n_tok: int, vocab: int) -> Tensor:
 
 
 def make_inputs(
-    seed: int, device: torch.device, *, n_tok: int, vocab: int, row: Row = _normal, seen: bool = False, **params: Any
+    seed: int,
+    device: torch.device,
+    *,
+    n_tok: int,
+    vocab: int,
+    row: Row = _normal,
+    seen: bool = False,
+    drafted: int | None = None,
+    stream: int = 0,
+    **params: Any,
 ) -> Inputs:
-    """Logits of ``row``, positions that follow one another, and the parameters. Where ``seen``, half of the tokens
-    stand in the text, some of them first at the position of one of the rows."""
+    """Logits of ``row``, a position, and the parameters. Where ``seen``, half of the tokens stand in the text, some of
+    them first at the position of one of the rows."""
     rng = torch.Generator().manual_seed(seed)
     start = 100
     first_seen = torch.full((vocab,), NEVER, dtype=torch.int32)
@@ -65,11 +74,13 @@ def make_inputs(
         first_seen[ids] = torch.randint(start - 8, start + 8, (len(ids),), generator=rng, dtype=torch.int32)
     inputs: Inputs = {
         "logits": row(rng, n_tok, vocab),
-        "position": torch.arange(start, start + n_tok),
+        "pos": torch.tensor([start - 1], dtype=torch.int32),
+        "drafted": torch.tensor([drafted], dtype=torch.int32) if drafted is not None else None,
         "params": sample_params(seed=2**63 - 1 - seed, **params),
         "first_seen": first_seen if seen else None,
     }
-    return {name: value.to(device) if value is not None else None for name, value in inputs.items()}
+    moved: Inputs = {name: value.to(device) if value is not None else None for name, value in inputs.items()}
+    return moved | {"stream": stream}
 
 
 def _case(name: str, group: Group, n_tok: int, vocab: int, **more: Any) -> Case:
@@ -85,6 +96,7 @@ def cases() -> list[Case]:
         _case("chat", "smoke", 2, 1100, **_CHAT),
         _case("greedy", "smoke", 2, 300, repetition_penalty=1.3, seen=True),
         _case("plain", "smoke", 3, 1100, temperature=1.0),
+        _case("the third of a draft", "smoke", 1, 1100, temperature=1.0, drafted=2, stream=2),
     ]
     edges = [
         _case("three blocks", "edges", 2, 2500, **_ALL),

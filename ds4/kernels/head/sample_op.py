@@ -20,7 +20,8 @@ _REFINEMENTS = 4  # two digits after the first, for top_k and for top_p
 _TYPES = {
     "logits": "f32*",
     "first_seen": "i32*",
-    "position": "i64*",
+    "pos": "i32*",
+    "drafted": "i32*",
     "params": "i64*",
     "keys": "u32*",
     "e": "u64*",
@@ -32,6 +33,7 @@ _TYPES = {
     "token": "i32*",
     "status": "i32*",
     "probs": "f32*",
+    "stream": "i32",
 }
 _WORKSPACES = ("keys", "e", "part", "count", "mass", "state", "counter")
 
@@ -41,23 +43,33 @@ def _entry(name: str, params: str) -> Entry:
     return Entry(name, "head/sample.cu", types, ("VOCAB", "N_TOK"))
 
 
-_BEST = _entry("sample_best", "logits first_seen position params keys part count mass state counter token status")
+_BEST = _entry("sample_best", "logits first_seen pos drafted params keys part count mass state counter token status")
 _MASS = _entry("sample_mass", "params keys e part count mass state counter")
 _REFINE = _entry("sample_refine", "params keys e count mass state counter")
-_DRAW = _entry("sample_draw", "position params keys e part state counter token")
+_DRAW = _entry("sample_draw", "pos drafted params keys e part state counter token stream")
 _PROBS = _entry("sample_probs", "keys e part state token probs")
 
 
 def sample(
-    logits: Tensor, position: Tensor, params: Tensor, first_seen: Tensor | None = None, *, probs: bool = False
+    logits: Tensor,
+    pos: Tensor,
+    params: Tensor,
+    first_seen: Tensor | None = None,
+    *,
+    drafted: Tensor | None = None,
+    stream: int = 0,
+    probs: bool = False,
 ) -> dict[str, Tensor]:
     """Choose a token from each row of logits; the token that ``ds4.sampling.Sampler`` chooses.
 
     logits      f32 [n_tok, vocab]
-    position    i64 [n_tok]   tokens before this one, prompt included: index of the draw
-    params      i64 [6]       ``sample_params(...)``, the same for all rows; read at each launch
+    pos         i32 [1]       position of the token that row 0 is behind. Row t draws for position pos + 1 + t: so many
+                tokens are in front, prompt included. Like params and drafted it is read at each launch
+    params      i64 [6]       ``sample_params(...)``, the same for all rows
     first_seen  i32 [vocab] or None   where each token first stands in the text, 2^31 - 1 where it does not: the
                 repetition penalty applies in rows with a larger position, so that rows of drafts share it
+    drafted     i32 [1] or None   added to the positions: tokens in between, in front of which pos still stands
+    stream      which of a position's random numbers draws (``ds4.sampling.uniform``)
     probs       also return the distribution
     returns     token i32 [n_tok]; status i32 [n_tok], 1 where the largest logit is not finite (the token is then the
                 one that holds it); probs f32 [n_tok, vocab], one-hot where nothing was drawn
@@ -70,7 +82,8 @@ def sample(
     Limits:     n_tok 1 to 8 and at most 2^17 tokens in the vocabulary.
     Source:     ds4/sampling.py, spec kernels.md b.9.
     """
-    inputs = {"logits": logits, "position": position, "params": params, "first_seen": first_seen}
+    inputs: Inputs = {"logits": logits, "pos": pos, "params": params, "first_seen": first_seen}
+    inputs |= {"drafted": drafted, "stream": stream}
     return run(SAMPLE_WITH_PROBS if probs else SAMPLE, inputs)
 
 
@@ -80,7 +93,7 @@ def _reference(inputs: Inputs) -> Outputs:
 
 
 def _reference_with_probs(inputs: Inputs) -> Outputs:
-    return sample_ref.sample(inputs["logits"], inputs["position"], inputs["params"], inputs["first_seen"])
+    return sample_ref.sample(**inputs)
 
 
 def _outputs(inputs: Inputs) -> Outputs:
@@ -107,7 +120,7 @@ def _calls(inputs: Inputs, outputs: Outputs) -> list[KernelCall]:
     n_tok, vocab = inputs["logits"].shape
     if not 1 <= n_tok <= 8 or not 1 <= vocab <= MAX_VOCAB:
         raise ValueError(f"sample: logits {[n_tok, vocab]}: 1 to 8 rows of 1 to {MAX_VOCAB} are needed")
-    for name, shape in (("position", (n_tok,)), ("params", (6,)), ("first_seen", (vocab,))):
+    for name, shape in (("pos", (1,)), ("drafted", (1,)), ("params", (6,)), ("first_seen", (vocab,))):
         if inputs[name] is not None and inputs[name].shape != shape:
             raise ValueError(f"sample: {name} is {list(inputs[name].shape)}, not {list(shape)}")
     values = {**inputs, **outputs}
@@ -129,7 +142,7 @@ def _flash(n_tok: int) -> Constants:
     return constant_set(VOCAB=129280, N_TOK=n_tok)
 
 
-_TOKEN_INPUTS = {"logits": 0, "position": 0}
+_TOKEN_INPUTS = {"logits": 0}
 _ENTRIES = (_BEST, _MASS, _REFINE, _DRAW)
 SAMPLE = register(
     Operation(

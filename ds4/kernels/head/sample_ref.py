@@ -35,16 +35,20 @@ def sample_params(
     return params
 
 
-def _unpacked(params: Tensor) -> dict[str, float | int]:
+def unpacked(params: Tensor) -> dict[str, float | int]:
+    """The parameters by name."""
     numbers = params.view(torch.float64)
     return {name: (params if name in _INTEGERS else numbers)[i].item() for i, name in enumerate(_FIELDS)}
 
 
-def sample(logits: Tensor, position: Tensor, params: Tensor, first_seen: Tensor | None) -> dict[str, Tensor]:
+def sample(
+    logits: Tensor, pos: Tensor, params: Tensor, first_seen: Tensor | None, drafted: Tensor | None, stream: int
+) -> dict[str, Tensor]:
     """token and status i32 ``[n]``, probs f32 ``[n, vocab]`` of logits f32 ``[n, vocab]``, as ``op.sample`` says."""
-    p = _unpacked(params)
+    p = unpacked(params)
+    first = int(pos) + (int(drafted) if drafted is not None else 0) + 1
     rows = []
-    for row, at in zip(logits, position.tolist(), strict=True):
+    for at, row in enumerate(logits, first):
         if first_seen is not None:
             seen = first_seen < at
             penalty = p["repetition_penalty"]
@@ -55,7 +59,7 @@ def sample(logits: Tensor, position: Tensor, params: Tensor, first_seen: Tensor 
             probs[int(found["token"])] = 1.0
         else:
             probs = _probs(row, p)
-            found["token"] = torch.tensor(_draw(probs, _uniform(int(p["seed"]), at)), dtype=torch.int32)
+            found["token"] = torch.tensor(draw(scaled(probs), uniform(int(p["seed"]), at, stream)), dtype=torch.int32)
         rows.append((found["token"], found["status"], probs))
     token, status, probs = (torch.stack(column) for column in zip(*rows, strict=True))
     return {"token": token, "status": status, "probs": probs}
@@ -79,16 +83,22 @@ def _probs(row: Tensor, p: dict[str, float | int]) -> Tensor:
     return probs
 
 
-def _draw(probs: Tensor, number: float) -> int:
-    """The first id at which the running sum of probs passes ``number`` times their sum."""
-    sums = (probs.double() * _P_ONE).long().cumsum(0)
+def scaled(probs: Tensor) -> Tensor:
+    """i64: integers in place of probabilities f32 or f64, whose sums do not depend on the order."""
+    return (probs.double() * _P_ONE).long()
+
+
+def draw(shares: Tensor, number: float) -> int:
+    """The first id at which the running sum of ``shares`` i64 passes ``number`` times their sum, which is above 0."""
+    sums = shares.cumsum(0)
     target = min(int(number * float(sums[-1])), int(sums[-1]) - 1)
     return int(torch.searchsorted(sums, target, right=True))
 
 
-def _uniform(seed: int, position: int) -> float:
-    """In [0, 1): the upper 53 bits of splitmix64 over seed, position and stream 0."""
-    return (_splitmix64(_splitmix64(_splitmix64(seed & _MASK64) ^ (position & _MASK64))) >> 11) * 2.0**-53
+def uniform(seed: int, position: int, stream: int) -> float:
+    """In [0, 1): the upper 53 bits of splitmix64 over seed, position and stream."""
+    state = _splitmix64(_splitmix64(seed & _MASK64) ^ (position & _MASK64))
+    return (_splitmix64(state ^ (stream & _MASK64)) >> 11) * 2.0**-53
 
 
 def _splitmix64(value: int) -> int:

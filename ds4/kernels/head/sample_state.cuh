@@ -1,6 +1,7 @@
 // What the launches of sample.cu share: parameters, a row's state, numbers, histograms.
 #pragma once
 
+#include "draws.cuh"
 #include "order.cuh"
 
 #if !defined(VOCAB) || !defined(N_TOK)
@@ -13,9 +14,6 @@ constexpr int kChunk = kThreads * kPerThread;
 constexpr int kBins = 2048;
 static_assert(VOCAB >= 1 && VOCAB <= 1 << 17, "sums of E stay below 2^63");
 static_assert(N_TOK >= 1 && N_TOK <= 8, "decode form");
-
-// params i64 [6]: FP64 numbers by their bits, integers as they are.
-enum Param { kTemperature, kTopK, kTopP, kMinP, kRepetitionPenalty, kSeed };
 
 enum Phase { kDecided, kRefineTopK, kRefineTopP, kDraw };
 
@@ -72,17 +70,9 @@ __device__ __forceinline__ float f32_probability(unsigned long long e, unsigned 
   return static_cast<float>(static_cast<double>(e) / static_cast<double>(kept));
 }
 
-// In [0, 1): the 53 upper bits of splitmix64 (Steele, Lea and Flood 2014) over seed, position and stream 0.
-__device__ __forceinline__ unsigned long long splitmix64(unsigned long long v) {
-  v += 0x9e3779b97f4a7c15ull;
-  v = (v ^ v >> 30) * 0xbf58476d1ce4e5b9ull;
-  v = (v ^ v >> 27) * 0x94d049bb133111ebull;
-  return v ^ v >> 31;
-}
-__device__ __forceinline__ double uniform(long long seed, long long position) {
-  unsigned long long v = splitmix64(static_cast<unsigned long long>(seed));
-  v = splitmix64(splitmix64(v ^ static_cast<unsigned long long>(position)));
-  return __dmul_rn(static_cast<double>(v >> 11), 0x1p-53);
+// Position of the token that row t draws: `pos` is that of the token it comes behind, `drafted` counts tokens in between.
+__device__ __forceinline__ long long drawn_position(const int* pos, const int* drafted, int t) {
+  return static_cast<long long>(pos[0]) + (drafted ? drafted[0] : 0) + t + 1;
 }
 
 // A block's histogram of counts and of E, in 32-bit words of shared memory, whose additions are single instructions: E in
