@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -62,10 +62,10 @@ class Session:
             first = FIRST_TOKENS if first is None else first
             self.cache = llm.model.new_cache(ctx, first=first, decoded=llm.backend is None)
         self._decoder: Decoder | None = None
-        self._prefill: Callable[..., Tensor] = partial(llm.model.prefill, cache=self.cache)
+        self._prefiller: Prefiller | None = None
         if llm.backend is not None:
             self._decoder = decoder_for(llm.model, self.cache, llm.backend)
-            self._prefill = Prefiller(llm.model, self.cache, llm.backend).prefill
+            self._prefiller = Prefiller(llm.model, self.cache, llm.backend)
         self._highest = 0
         self.drafter = llm.new_drafter(self._decoder)
 
@@ -124,7 +124,6 @@ class Session:
             for i in range(0, len(ids), step):
                 logits = self._prefill(
                     ids[i : i + step],
-                    self.position,
                     taken=self.ids,
                     progress=partial(_report, progress, i, len(ids)) if progress else None,
                     observer=self.drafter,
@@ -139,10 +138,16 @@ class Session:
             progress(len(ids), len(ids))
         return logits
 
+    def _prefill(self, ids: Sequence[int], **options: Any) -> Tensor:
+        """``Transformer.prefill`` from here on, by kernels where there are some."""
+        if self._prefiller is None:
+            return self.llm.model.prefill(ids, self.position, self.cache, **options)
+        return self._prefiller.prefill(ids, self.position, **options)
+
     @torch.inference_mode()
     def rows(self, ids: Sequence[int]) -> Tensor:
         """The logits f32 ``[n, vocab]`` of every token of a text that an empty session begins with."""
-        logits = self._prefill(self._check(ids), self.position, all_logits=True, taken=self.ids, observer=self.drafter)
+        logits = self._prefill(self._check(ids), all_logits=True, taken=self.ids, observer=self.drafter)
         self._highest = self.position
         return logits
 

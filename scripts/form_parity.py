@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo_corpus import Corpus
+from bench_prefill import prompt_of
 from kernel_parity import Parity, emulated
 
 import ds4
@@ -31,7 +31,6 @@ from ds4.engine import LLM
 from ds4.errors import CudaError, Ds4Error
 
 TOKENS = 5000
-SEED = 910
 STEP = 8  # tokens of a decode step; it changes no bit
 # Of a row's norm, in the median: the CPU's two forms differ by FP32 sums, and by codes of the cache that fall
 # differently, which reach 1e-3; kernels' prefill form rounds activations to BF16, 2^-9 each.
@@ -39,16 +38,11 @@ TOLERANCE = {"cpu": 1e-3, "kernels": 3e-2}
 GAP = {"cpu": 0.05, "kernels": 0.25}  # of a row's RMS, by which a choice may be preferred that the other form leaves
 
 
-def text(llm: LLM, n: int) -> list[int]:
-    """``n`` tokens of the demonstration corpus. Raises Ds4Error without a tokenizer."""
+def text_of(llm: LLM, n: int) -> list[int]:
+    """``n`` tokens that the bundled model was not trained on. Raises Ds4Error without a tokenizer."""
     if llm.tokenizer is None:
         raise Ds4Error(f"{llm.path}: the checkpoint has no tokenizer")
-    ids: list[int] = []
-    for part in Corpus(SEED).texts(SEED, "heldout"):
-        ids += llm.tokenizer.encode(part)
-        if len(ids) >= n:
-            break
-    return ids[:n]
+    return prompt_of(llm, n)
 
 
 def compare(prompt: LLM, other: LLM, ids: Sequence[int], *, by_steps: bool, gap: float) -> Parity:
@@ -90,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
             llm = make(given.model, given.tokens)
         with torch.inference_mode():
             other, by_steps = (cpu, False) if given.kernels_from_cpu else (llm, True)
-            found = compare(llm, other, text(cpu, given.tokens), by_steps=by_steps, gap=GAP[kind])
+            found = compare(llm, other, text_of(cpu, given.tokens), by_steps=by_steps, gap=GAP[kind])
     except (Ds4Error, CudaError) as error:
         print(f"form_parity: {error}", file=sys.stderr)
         return 2

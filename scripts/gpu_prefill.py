@@ -48,7 +48,7 @@ def state(session: Session) -> dict[str, Tensor]:
 
 def chunks(llm: LLM, sizes: Sequence[int], n: int) -> tuple[str, dict[str, Any]]:
     """Prompts of ``n`` tokens in chunks of each size, and one that is broken off. Raises AssertionError."""
-    ids = form_parity.text(llm, n)
+    ids = form_parity.text_of(llm, n)
     whole = llm.session()
     want = whole.prefill(ids)
     for size in sizes:
@@ -59,7 +59,7 @@ def chunks(llm: LLM, sizes: Sequence[int], n: int) -> tuple[str, dict[str, Any]]
     session = llm.session()
     session.prefill(ids[: n // 2])
     try:
-        session.prefill(ids[n // 2 :], chunk=100, progress=_break_off)
+        session.prefill(ids[n // 2 :], chunk=n // 8, progress=_break_off)
     except KeyboardInterrupt:
         done = session.position
     assert n // 2 < done < n
@@ -83,7 +83,9 @@ def _same(what: str, session: Session, logits: Tensor, whole: Session, want: Ten
 def forms(llm: LLM, n: int) -> tuple[str, dict[str, Any]]:
     """The prefill form against decode steps. Raises AssertionError where they differ by more than the tolerance."""
     with torch.inference_mode():
-        found = form_parity.compare(llm, llm, form_parity.text(llm, n), by_steps=True, gap=form_parity.GAP["kernels"])
+        found = form_parity.compare(
+            llm, llm, form_parity.text_of(llm, n), by_steps=True, gap=form_parity.GAP["kernels"]
+        )
     if found.wrong or median(found.relative) > form_parity.TOLERANCE["kernels"]:
         raise AssertionError(found.text())
     return found.text(), found.record()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from os import PathLike
 
 import pytest
@@ -31,7 +30,7 @@ def emulated_llm(ctx: int, draft_model: PathLike[str] | None = None) -> Iterator
 def prefill_in_torch(session: Session, prompt: Sequence[int]) -> None:
     """The prompt as the CPU processes it, so that what follows can be compared with it closely."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "_prefill", partial(session.llm.model.prefill, cache=session.cache))
+        patch.setattr(session, "_prefiller", None)
         session.prefill(prompt)
 
 

@@ -126,7 +126,7 @@ def test_the_model_is_skipped_where_the_engine_takes_no_cuda(monkeypatch):
     with pytest.raises(Skip, match="device: torch finds no GPU"):
         list(gpu_machine.model(Path(), Skip))
     monkeypatch.setattr(engine, "resolve_device", lambda device: device)
-    assert [name.split()[0] for name, _ in gpu_machine.model(Path(), Skip)] == ["verify.sh", "greedy"]
+    assert [name.split()[0] for name, _ in gpu_machine.model(Path(), Skip)] == ["verify.sh", "greedy", "one"]
 
 
 @pytest.mark.parametrize("differing", [False, True])

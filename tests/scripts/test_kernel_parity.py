@@ -30,10 +30,6 @@ class Session:
     def __init__(self, wrong_at=None, lead=0.0):
         self.wrong_at, self.lead, self.position, self.steps = wrong_at, lead, 0, []
 
-    def prefill(self, ids):
-        self.position = len(ids)
-        return self.row(ids[-1])
-
     def decode(self, ids):
         self.steps.append(list(ids))
         rows = []
@@ -55,8 +51,8 @@ def test_both_are_given_the_same_tokens(n_tok):
     reference, kernels = Session(), Session()
     found = compare(reference, kernels, [3, 4], tokens=20, n_tok=n_tok)
     chosen = list(range(5, 25))
-    assert reference.steps == [[token] for token in chosen]
-    assert kernels.steps == [chosen[i : i + n_tok] for i in range(0, 20, n_tok)]
+    assert reference.steps == [[token] for token in [3, 4, *chosen]]
+    assert kernels.steps == [[3], [4], *(chosen[i : i + n_tok] for i in range(0, 20, n_tok))]
     assert (found.tokens, found.differing, found.largest, found.relative) == (20, [], 0.0, [0.0] * 20)
     assert found.text().startswith("20 of 20 next tokens agree")
 
