@@ -1,7 +1,13 @@
-"""Prompts through kernels on a GPU: any cutting gives the same bits, the forms agree, and how fast it is."""
+"""Prompts through kernels on a GPU: any cutting gives the same bits, the forms agree, and how fast it is.
+
+The stage ``prefill`` of scripts/gpu_check.py. Without a GPU, on the CPU's emulation (a quarter of an hour):
+
+    python scripts/gpu_prefill.py [--tokens 1021]
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_crossover
 import form_parity
+import kernel_parity
 from moe_layers import Plan
 
 from ds4.bench.synthetic import Synthetic, SyntheticLLM
 from ds4.engine import LLM
+from ds4.errors import Ds4Error
 from ds4.kernels.bandwidth import open_gpu
 from ds4.session import Session
 from ds4.weights.published import FLASH
@@ -132,3 +140,25 @@ def items(quick: bool) -> Iterator[tuple[str, Callable[[], tuple[str, Any]]]]:
     yield "speed", partial(speed, RECIPE, LAYERS, CHUNK, 2 if quick else N_CHUNKS)
     for name, mixture in list(CROSSOVER.items())[: 1 if quick else None]:
         yield name, partial(crossover, name, mixture, CROSSOVER_TOKENS[:2] if quick else CROSSOVER_TOKENS)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The comparison of chunks on the emulation."""
+    parser = argparse.ArgumentParser(description="Prompts through kernels, cut in many ways, on the CPU's emulation.")
+    parser.add_argument("--tokens", type=int, default=N, help=f"of the prompt ({N})")
+    given = parser.parse_args(arguments)
+    if given.tokens < 2 * TAIL:
+        parser.error(f"--tokens: at least {2 * TAIL}")
+    try:
+        print(chunks(kernel_parity.emulated(None, given.tokens), CHUNKS, given.tokens)[0])
+    except Ds4Error as error:
+        print(f"gpu_prefill: {error}", file=sys.stderr)
+        return 2
+    except AssertionError as error:
+        print(f"gpu_prefill: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
