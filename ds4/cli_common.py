@@ -267,7 +267,6 @@ def print_plan(plan: Fit) -> None:
 
 def load_llm(options: Options) -> LLM:
     """Open the model of ``options``; weights that go to a GPU show a progress bar."""
-    from ds4.demo import preferred_draft
     from ds4.engine import LLM
 
     bar = ProgressBar("loading the weights", bytes_done=True)
@@ -278,7 +277,7 @@ def load_llm(options: Options) -> LLM:
             ctx=options.ctx,
             numerics=options.numerics,
             draft=options.draft,
-            draft_model=preferred_draft(options.model, options.draft, options.draft_model),
+            draft_model=options.draft_model,
             on_load=bar.update,
             on_plan=print_plan,
         )

@@ -134,7 +134,6 @@ def load(wanted: Throughput) -> tuple[LLM, Plan]:
     from ds4.bench.prompts import kinds_of
     from ds4.bench.synthetic import SyntheticLLM
     from ds4.bench.walk import Plan
-    from ds4.demo import preferred_draft
     from ds4.draft_length import draft_length
     from ds4.engine import LLM, resolve_device
 
@@ -158,8 +157,7 @@ def load(wanted: Throughput) -> tuple[LLM, Plan]:
             checkpoint = synthetic.fitting(device, first.ctx, options["sessions"])
             llm: LLM = SyntheticLLM(checkpoint, skew=wanted.skew, **options)
         else:
-            head = wanted.draft_model if forced else preferred_draft(wanted.model, wanted.draft, wanted.draft_model)
-            llm = LLM(wanted.model, draft_model=head, **options)
+            llm = LLM(wanted.model, draft_model=wanted.draft_model, **options)
     finally:
         bar.close()
     return llm, todo(wanted.prompts or kinds_of(llm), first.draft if forced else llm.draft)

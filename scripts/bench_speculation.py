@@ -1,8 +1,8 @@
 """Tokens a second with drafts and without, in one run: the same answers decoded both ways, one after the other.
 
-python scripts/bench_speculation.py                # 8 held-out stories of the bundled model, as ds4 generate drafts
+python scripts/bench_speculation.py                # 8 held-out stories of the bundled model, --draft auto
 python scripts/bench_speculation.py --draft 2 --json
-python scripts/bench_speculation.py -m ds4/demo/demo.gguf   # the bundled model's own MTP block instead
+python scripts/bench_speculation.py --draft-model ds4/demo/dspark.gguf   # the bundled DSpark head instead
 
 Each answer is decoded plainly and with drafts, in turns which of them comes first, so that a machine whose speed
 changes treats both alike; the texts have to be the same. One answer of each kind before that warms up and is not
@@ -19,7 +19,6 @@ from statistics import median
 import torch
 from acceptance import KINDS, SEED, prompts
 
-from ds4.demo import preferred_draft
 from ds4.engine import LLM, Statistics
 from ds4.sampling import SamplingParams
 
@@ -94,7 +93,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.draft_model = preferred_draft(args.model, str(args.draft), args.draft_model)
     llm = LLM(args.model, device="cpu", draft=args.draft, draft_model=args.draft_model)
     record = measure(llm, args.kind, args.answers, args.draft, args.limit, args.seed)
     record |= {"model": str(llm.path), "draft_model": args.draft_model, "draft": args.draft}

@@ -16,10 +16,9 @@ from click.testing import CliRunner
 import ds4
 from ds4 import cli_answer
 from ds4.cli import main
-from ds4.demo import bundled_draft_path
 
 ROOT = Path(__file__).resolve().parent.parent
-DRAFT = {"draft": "auto", "draft_model": str(bundled_draft_path())}
+DRAFT = {"draft": "auto", "draft_model": None}
 
 
 @pytest.fixture

@@ -13,11 +13,3 @@ def bundled_model_path() -> Path:
 def bundled_draft_path() -> Path:
     """The DSpark head that ships beside it; the model drafts with its own MTP block unless this is asked for."""
     return Path(__file__).parent / "dspark.gguf"
-
-
-def preferred_draft(model: str | None, draft: str, draft_model: str | None) -> str | None:
-    """The file of the draft head that the commands use: ``draft_model``, where nothing is said the head with which the
-    bundled model is fastest (docs/experiments.md), and None for the checkpoint's own."""
-    if draft_model is None and model is None and draft == "auto":
-        return str(bundled_draft_path())
-    return draft_model
